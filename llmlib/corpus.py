@@ -1,0 +1,257 @@
+"""Where text comes from: a corpus is a list of shards per split, a shard yields documents.
+
+Hub datasets, folders in the hub's layout, JSONL and parquet files go through ``datasets``, which
+resolves names, revisions and patterns; shards are then fetched one at a time, so a run that needs
+one shard downloads one. Text files and the running Python's own standard library are read here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from llmlib.config import DataConfig
+
+PIECE_BYTES = 10_000  # a lone .txt file is cut into documents of about this size, at blank lines
+FILES_PER_SHARD = 256  # text files that make one shard
+ROWS_PER_READ = 256
+
+
+class Document(NamedTuple):
+    text: str | None  # None: null in the source
+    domain: str
+    n_bytes: int = 0
+    is_valid: bool = True  # False: bytes that were not UTF-8 were replaced
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One unit of work: a data file that ``datasets`` reads, or a list of text files."""
+
+    name: str
+    url: str = ""  # local path or hf:// address
+    format: str = "text"  # "parquet", "json" or "text"
+    files: tuple[tuple[str, str], ...] = ()  # (path, domain) of text files
+    is_cut: bool = False  # one long text, cut into documents
+
+
+@dataclass(frozen=True)
+class Corpus:
+    name: str
+    revision: str | None
+    train: list[Shard]
+    official: dict[str, list[Shard]] = field(default_factory=dict)  # the dataset's other splits
+    n_documents: int | None = None  # in train, where the source declares it
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """Resolve ``config.corpus`` to shards without reading their text."""
+    if config.corpus == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        return _text_corpus("stdlib", root, _stdlib_files(root))
+    path = Path(config.corpus).expanduser()
+    if path.is_file() and _format(path.name) == "text":
+        shard = Shard("train-00000", files=((str(path), path.stem),), is_cut=True)
+        return Corpus(config.corpus, None, [shard])
+    if path.is_dir() and not any(_format(p.name) in ("parquet", "json") for p in path.rglob("*.*")):
+        hidden = (p for p in path.rglob("*") if not _is_hidden(p.relative_to(path)))
+        return _text_corpus(config.corpus, path, [p for p in hidden if p.is_file()])
+    if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", config.corpus):
+        raise ValueError(
+            f"corpus={config.corpus!r} does not exist; give a file, a folder, a hub id such as "
+            "'DKYoon/SlimPajama-6B', or 'stdlib'."
+        )
+    return _datasets_corpus(config, path if path.exists() else None)
+
+
+def _text_corpus(name: str, root: Path, paths: list[Path]) -> Corpus:
+    """Group text files into shards; a file is a document and its top folder is its domain."""
+    if not paths:
+        raise ValueError(
+            f"corpus={name!r} holds no text; give a folder with .txt, .jsonl or .parquet files."
+        )
+    named = [path.relative_to(root) for path in paths]
+    # In hash order, so that every shard holds some of everything, the same on every machine.
+    named.sort(key=lambda p: hashlib.sha256(p.as_posix().encode()).digest())
+    files = [(str(root / p), p.parts[0] if len(p.parts) > 1 else "top level") for p in named]
+    groups = [files[i : i + FILES_PER_SHARD] for i in range(0, len(files), FILES_PER_SHARD)]
+    shards = [Shard(f"train-{i:05d}", files=tuple(group)) for i, group in enumerate(groups)]
+    return Corpus(name, None, shards, n_documents=len(files))
+
+
+def _stdlib_files(root: Path) -> list[Path]:
+    """List the standard library's sources; tests and generated code pages are left out."""
+    skip = {
+        "site-packages",
+        "dist-packages",
+        "__pycache__",
+        "test",
+        "tests",
+        "idle_test",
+        "encodings",
+    }
+    inside = ((path, path.relative_to(root).parts) for path in root.rglob("*.py"))
+    return [
+        p for p, parts in inside if not skip & set(parts) and not parts[0].startswith("config-")
+    ]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _format(name: str) -> str:
+    suffixes = [s.lower() for s in Path(name).suffixes]
+    if ".parquet" in suffixes:
+        return "parquet"
+    return "json" if {".json", ".jsonl"} & set(suffixes) else "text"
+
+
+def _datasets_corpus(config: DataConfig, path: Path | None) -> Corpus:
+    import datasets
+
+    try:
+        if path is not None and path.is_file():
+            builder = datasets.load_dataset_builder(
+                _format(path.name), data_files={"train": [str(path)]}
+            )
+        else:
+            builder = datasets.load_dataset_builder(
+                str(path or config.corpus), config.subset, revision=config.revision
+            )
+    except Exception as error:  # the library raises many kinds; all mean the same to a reader
+        raise ValueError(
+            f"corpus={config.corpus!r} (subset {config.subset!r}, revision {config.revision!r}) "
+            f"could not be opened: {_first_line(error)} Check the name and the network, or give a "
+            "local folder that holds the same files."
+        ) from error
+    splits = {
+        split: [
+            Shard(f"{split}-{i:05d}", url=str(url), format=_format(str(url)))
+            for i, url in enumerate(urls)
+        ]
+        for split, urls in (builder.config.data_files or {}).items()
+    }
+    if not splits.get("train"):
+        raise ValueError(
+            f"corpus={config.corpus!r} has no train split; its splits: {sorted(splits)}."
+        )
+    declared = (builder.info.splits or {}).get("train")
+    return Corpus(
+        name=config.corpus,
+        revision=_revision(splits["train"][0].url, config.revision),
+        train=splits.pop("train"),
+        official=splits,
+        n_documents=declared.num_examples if declared else None,
+    )
+
+
+def _revision(url: str, asked: str | None) -> str | None:
+    """The commit that hub addresses carry (hf://datasets/owner/name@commit/path)."""
+    found = re.match(r"hf://datasets/[^@]+@([^/]+)/", url)
+    return found.group(1) if found else asked
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".") + "."
+
+
+def fetch(shard: Shard) -> Shard:
+    """Download a hub shard into the Hugging Face cache; a broken download resumes where it stopped."""
+    if not shard.url.startswith("hf://"):
+        return shard
+    from huggingface_hub import HfFileSystem, hf_hub_download
+
+    path = HfFileSystem().resolve_path(shard.url)
+    try:
+        local = hf_hub_download(
+            path.repo_id, path.path_in_repo, repo_type="dataset", revision=path.revision
+        )
+    except Exception as error:
+        raise ValueError(
+            f"shard {shard.name} ({path.path_in_repo}) could not be downloaded: "
+            f"{_first_line(error)} Run again: finished shards are kept."
+        ) from error
+    return Shard(shard.name, url=local, format=shard.format)
+
+
+def count_documents(corpus: Corpus) -> int:
+    """Count the rows of train: as declared, else from parquet footers, else by reading."""
+    if corpus.n_documents is not None:
+        return corpus.n_documents
+    return sum(_count(shard) for shard in corpus.train)
+
+
+def _count(shard: Shard) -> int:
+    if shard.format != "parquet":
+        return sum(1 for _ in read_documents(fetch(shard)))
+    import fsspec
+    import pyarrow.parquet as pq
+
+    with fsspec.open(shard.url, "rb") as file:  # reads the footer only, also from the hub
+        return pq.ParquetFile(file).metadata.num_rows
+
+
+def read_documents(shard: Shard) -> Iterator[Document]:
+    """Yield the documents of a local shard in order, holding a few hundred at a time."""
+    if shard.files:
+        for path, domain in shard.files:
+            document = _decode(Path(path).read_bytes(), domain)
+            yield from _cut(document) if shard.is_cut else [document]
+        return
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(
+            shard.format, data_files=[shard.url], split="train", streaming=True
+        )
+        for table in rows.with_format("arrow").iter(batch_size=ROWS_PER_READ):
+            yield from _rows(table)
+    except (ValueError, MemoryError, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"shard {shard.name} ({shard.url}) could not be read: {_first_line(error)} "
+            "Delete the file and fetch it again; finished shards are kept."
+        ) from error
+
+
+def _rows(table) -> Iterator[Document]:
+    import pyarrow as pa
+
+    if "text" not in table.column_names:
+        raise ValueError(
+            f"the corpus has no 'text' column (it has {', '.join(table.column_names)}); rename the "
+            "column that holds the documents."
+        )
+    raw = table["text"].cast(pa.binary()).to_pylist()
+    metas = table["meta"].to_pylist() if "meta" in table.column_names else [None] * len(raw)
+    for value, meta in zip(raw, metas, strict=True):
+        domain = (meta.get("redpajama_set_name") if isinstance(meta, dict) else None) or "all"
+        yield Document(None, domain) if value is None else _decode(value, domain)
+
+
+def _decode(raw: bytes, domain: str) -> Document:
+    try:
+        return Document(raw.decode(), domain, len(raw))
+    except UnicodeDecodeError:
+        return Document(raw.decode(errors="replace"), domain, len(raw), is_valid=False)
+
+
+def _cut(document: Document) -> Iterator[Document]:
+    """Cut one long text at blank lines into documents of about PIECE_BYTES."""
+    piece, size = "", 0
+    for paragraph in re.split(r"(?<=\n\n)", document.text):
+        piece += paragraph
+        size = len(piece.encode())
+        if size >= PIECE_BYTES:
+            yield document._replace(text=piece, n_bytes=size)
+            piece, size = "", 0
+    if piece:
+        yield document._replace(text=piece, n_bytes=size)

@@ -1,0 +1,170 @@
+"""Token files to batches.
+
+Batches are a pure function of (seed, step), so resuming means knowing the step. ``prepare`` writes
+the files and the manifest that this module reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmlib import runs
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One split on disk. Files are mapped anew for each read, so resident memory stays flat."""
+
+    folder: Path
+    files: tuple[str, ...]
+    lengths: tuple[int, ...]
+    dtype: str
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(self.lengths)
+
+    def read(self, file: int, start: int, stop: int) -> np.ndarray:
+        mapped = np.memmap(self.folder / self.files[file], dtype=self.dtype, mode="r")
+        return np.asarray(mapped[start:stop])
+
+
+def open_split(folder: Path, split: str) -> Tokens:
+    """Open a prepared split: "train", "val" (the organisers' held-out documents), or an official one."""
+    manifest = load_manifest(folder)
+    if split not in manifest["splits"]:
+        raise ValueError(
+            f"split={split!r} is not in these tokens; choose from {', '.join(manifest['splits'])}."
+        )
+    shards = [shard for shard in manifest["splits"][split] if shard["n_tokens"]]
+    itemsize = np.dtype(manifest["dtype"]).itemsize
+    for shard in shards:
+        path = folder / shard["file"]
+        if not path.exists() or path.stat().st_size != shard["n_tokens"] * itemsize:
+            raise ValueError(
+                f"{shard['file']} is missing or has another size than its manifest says; "
+                "run 01_data_prep with verify=True, which rebuilds it."
+            )
+    return Tokens(
+        folder,
+        tuple(shard["file"] for shard in shards),
+        tuple(shard["n_tokens"] for shard in shards),
+        manifest["dtype"],
+    )
+
+
+def load_manifest(folder: Path) -> dict[str, Any]:
+    """Read the manifest of prepared tokens."""
+    if not (folder / "manifest.json").exists():
+        raise ValueError(f"run 01_data_prep first: there is no manifest in {folder}.")
+    return runs.read_json(folder / "manifest.json")
+
+
+class Batches:
+    """Training batches without replacement: each epoch is its own permutation of all windows.
+
+    A window is ``seq_len + 1`` tokens: inputs and, one to the right, targets.
+    """
+
+    def __init__(
+        self,
+        tokens: Tokens,
+        seq_len: int,
+        n_sequences: int,
+        *,
+        seed: int = 0,
+        align_documents: bool = False,
+        end_of_text: int | None = None,
+    ):
+        self.tokens, self.seq_len, self.n_sequences, self.seed = tokens, seq_len, n_sequences, seed
+        starts = [
+            _aligned_starts(tokens.read(i, 0, n), seq_len, end_of_text)
+            if align_documents
+            else np.arange(0, n - seq_len, seq_len)
+            for i, n in enumerate(tokens.lengths)
+        ]
+        self.starts = np.concatenate(starts)
+        self.first_of_file = np.cumsum([0] + [len(s) for s in starts])
+        self.n_windows = len(self.starts)
+        if self.n_windows == 0:
+            raise ValueError(
+                f"{tokens.n_tokens} tokens are too few for one window of {seq_len + 1}; "
+                "bring more text or lower seq_len."
+            )
+        self._permutation = lru_cache(maxsize=2)(self._permute)
+
+    def _permute(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(self.n_windows)
+
+    def indices(self, step: int) -> np.ndarray:
+        """Return the windows of one step: a pure function of (seed, step)."""
+        position = np.arange(step * self.n_sequences, (step + 1) * self.n_sequences)
+        epochs, places = position // self.n_windows, position % self.n_windows
+        return np.array([self._permutation(int(e))[p] for e, p in zip(epochs, places, strict=True)])
+
+    def batch(
+        self, step: int, *, rank: int = 0, world_size: int = 1
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read this rank's share of a step: inputs and targets, each (n_sequences / world_size, T)."""
+        share = self.n_sequences // world_size
+        mine = self.indices(step)[rank * share : (rank + 1) * share]
+        windows = np.stack([self._window(int(i)) for i in mine]).astype(np.int64)
+        both = torch.from_numpy(windows)
+        return both[:, :-1].contiguous(), both[:, 1:].contiguous()
+
+    def _window(self, index: int) -> np.ndarray:
+        file = int(np.searchsorted(self.first_of_file, index, side="right")) - 1
+        start = int(self.starts[index])
+        return self.tokens.read(file, start, start + self.seq_len + 1)
+
+
+def _aligned_starts(tokens: np.ndarray, seq_len: int, end_of_text: int | None) -> np.ndarray:
+    """Start windows at documents: each next start steps back to a document begun in the last one."""
+    documents = np.concatenate([[0], np.flatnonzero(tokens == end_of_text) + 1])
+    starts, position = [], 0
+    while position + seq_len < len(tokens):
+        starts.append(position)
+        following = position + seq_len
+        newest = int(documents[np.searchsorted(documents, following, side="right") - 1])
+        position = newest if newest > position else following
+    return np.array(starts, dtype=np.int64)
+
+
+def prefetch(
+    batches: Batches, step: int, device: torch.device, *, rank: int = 0, world_size: int = 1
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield batches from ``step`` on, preparing the next one while the device computes."""
+
+    def load(step: int) -> tuple[torch.Tensor, ...]:
+        both = batches.batch(step, rank=rank, world_size=world_size)
+        return tuple(t.pin_memory() for t in both) if device.type == "cuda" else both
+
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(load, step)
+        while True:
+            step += 1
+            inputs, targets = ahead.result()
+            ahead = pool.submit(load, step)
+            yield inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+
+
+def eval_windows(tokens: Tokens, seq_len: int, n_sequences: int | None = None) -> np.ndarray:
+    """Read non-overlapping windows (n, seq_len + 1) of a held-out split, evenly spread, always the same."""
+    stream = np.concatenate([tokens.read(i, 0, n) for i, n in enumerate(tokens.lengths)])
+    n_windows = (len(stream) - 1) // seq_len
+    if n_windows < 1:
+        raise ValueError(
+            f"the validation split has {len(stream)} tokens, too few for one window of {seq_len + 1}; "
+            "bring more text, raise test_size or lower seq_len."
+        )
+    n_used = min(n_sequences or n_windows, n_windows)
+    starts = np.linspace(0, n_windows - 1, n_used).round().astype(np.int64) * seq_len
+    return np.stack([stream[s : s + seq_len + 1] for s in starts]).astype(np.int64)

@@ -1,0 +1,185 @@
+"""The compiled Llama, top-down, and the organisers' GPT-2 baseline beside it.
+
+A model maps tokens (B, T) to logits (B, T, V), or straight to the mean cross-entropy
+[nats/token] when it is given targets. Module names are those of Hugging Face's
+LlamaForCausalLM, and RoPE pairs features half a head apart as it does, so that weights move
+without permutation. Shapes are static and RoPE is real-valued: it compiles without graph breaks.
+Llama: arXiv:2302.13971; RoPE: arXiv:2104.09864; SwiGLU: arXiv:2002.05202; RMSNorm: arXiv:1910.07467.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from llmlib.config import ModelConfig
+
+
+class LanguageModel(nn.Module):
+    """What both architectures share: the tied head and the loss."""
+
+    config: ModelConfig
+    embed_tokens: nn.Embedding
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Map tokens (B, T) to the normalised last hidden state (B, T, d_model)."""
+        raise NotImplementedError
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Return logits (B, T, V), or the mean loss [nats/token] if targets (B, T) are given."""
+        logits = F.linear(self.hidden(tokens), self.embed_tokens.weight)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+class Llama(LanguageModel):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        cos, sin = rope_tables(config.seq_len, config.d_head, config.rope_theta)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        init_weights(self)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        n = tokens.size(1)
+        x = self.embed_tokens(tokens)
+        for layer in self.layers:
+            x = layer(x, self.cos[:n], self.sin[:n])
+        return self.norm(x)
+
+
+class LlamaBlock(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.self_attn = LlamaAttention(config)
+        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class LlamaAttention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(self, name, nn.Linear(config.d_model, config.d_model, bias=False))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = (
+            rearrange(proj(x), "b t (h d) -> b h t d", h=self.n_head)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = F.scaled_dot_product_attention(
+            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True
+        )
+        return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with fp32 statistics: bf16 has too few digits to average squares."""
+
+    def __init__(self, d_model: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(d_model))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return (x32 * scale).type_as(x) * self.weight
+
+
+def rope_tables(seq_len: int, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position times frequency, each (seq_len, d_head / 2), fp32."""
+    frequency = theta ** -(torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn feature pairs (i, i + d_head / 2) of x (B, H, T, d_head) by their position's angle."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+class GPT2(LanguageModel):
+    """The organisers' baseline: learned positions, LayerNorm, GELU, no biases."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed_positions = nn.Embedding(config.seq_len, config.d_model)
+        self.layers = nn.ModuleList(GPT2Block(config) for _ in range(config.n_layer))
+        self.norm = nn.LayerNorm(config.d_model, config.norm_eps, bias=False)
+        init_weights(self)
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        x = self.embed_tokens(tokens) + self.embed_positions.weight[: tokens.size(1)]
+        for layer in self.layers:
+            x = layer(x)
+        return self.norm(x)
+
+
+class GPT2Block(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        d = config.d_model
+        self.n_head = config.n_head
+        self.ln_1 = nn.LayerNorm(d, config.norm_eps, bias=False)
+        self.qkv_proj = nn.Linear(d, 3 * d, bias=False)
+        self.o_proj = nn.Linear(d, d, bias=False)
+        self.ln_2 = nn.LayerNorm(d, config.norm_eps, bias=False)
+        self.up_proj = nn.Linear(d, config.d_ff, bias=False)
+        self.down_proj = nn.Linear(config.d_ff, d, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv_proj(self.ln_1(x))
+        q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.n_head)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
+        return x + self.down_proj(F.gelu(self.up_proj(self.ln_2(x)), approximate="tanh"))
+
+
+@torch.no_grad()
+def init_weights(model: LanguageModel) -> None:
+    """Draw matrices from N(0, 0.02); those that write to the residual stream, 0.02/sqrt(2 n_layer).
+
+    GPT-2's initialisation, as the recipe uses it.
+    """
+    std_residual = 0.02 / math.sqrt(2 * model.config.n_layer)
+    for name, param in model.named_parameters():
+        if param.dim() >= 2:
+            is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            param.normal_(0.0, std_residual if is_residual else 0.02)
+
+
+def build_model(config: ModelConfig, *, seed: int = 0) -> LanguageModel:
+    """Build and initialise a model on the CPU in fp32; the same seed gives the same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return {"llama": Llama, "gpt2": GPT2}[config.arch](config)

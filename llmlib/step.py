@@ -1,0 +1,120 @@
+"""One training step and one validation: what the full run does, and what the benchmark measures.
+
+Weights, gradients and optimizer state are fp32; matmuls run in bf16 where the hardware has it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from llmlib.model import LanguageModel
+from llmlib.optim import set_lr
+
+EVAL_BATCH = 16  # sequences
+
+
+def pick_device(local_rank: int = 0) -> torch.device:
+    """Use CUDA where there is one, else the CPU."""
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Choose bf16 where the hardware multiplies in it, else fp32; weights are fp32 either way."""
+    if device.type == "cuda":
+        pays = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        pays = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if pays else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """Compute matmuls in ``dtype``."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def compile_model(model: nn.Module, device: torch.device) -> nn.Module:
+    """Compile without graph breaks, or say in one line why not and what it costs."""
+    compilers = [os.environ.get("CXX", ""), "c++", "g++", "clang++", "cl"]
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        print("No Triton here, so the model runs uncompiled (about 1.5 times slower).")
+    elif device.type == "cpu" and not any(c and shutil.which(c) for c in compilers):
+        print("No C++ compiler here, so the model runs uncompiled; install g++ to gain speed.")
+    else:
+        return torch.compile(model, fullgraph=True, dynamic=False)
+    return model
+
+
+def train_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    targets: Tensor,
+    *,
+    micro_batch: int,
+    lr: float,
+    grad_clip: float,
+    dtype: torch.dtype,
+) -> tuple[float, float]:
+    """Take one optimizer step on inputs and targets (n_sequences, T).
+
+    Returns the mean loss before the step [nats/token] and the gradient norm before clipping. A step
+    with a loss or gradient that is not finite changes nothing; its returned values say so.
+    """
+    set_lr(optimizer, lr)
+    optimizer.zero_grad(set_to_none=True)
+    micro_inputs, micro_targets = inputs.split(micro_batch), targets.split(micro_batch)
+    total = torch.zeros((), device=inputs.device)
+    for i, (x, y) in enumerate(zip(micro_inputs, micro_targets, strict=True)):
+        is_last = i == len(micro_inputs) - 1
+        with sync_gradients(model, is_last), autocast(inputs.device, dtype):
+            loss = model(x, y) * (len(x) / len(inputs))
+            loss.backward()
+        total += loss.detach()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+        total /= dist.get_world_size()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
+    both = torch.stack([total, norm.float()]).tolist()  # the step's one wait for the device
+    if np.isfinite(both).all():
+        optimizer.step()
+    return both[0], both[1]
+
+
+def sync_gradients(model: nn.Module, is_last: bool) -> contextlib.AbstractContextManager:
+    """Average gradients across processes on the last micro-batch only."""
+    if isinstance(model, DistributedDataParallel) and not is_last:
+        return model.no_sync()
+    return contextlib.nullcontext()
+
+
+@torch.no_grad()
+def evaluate(
+    model: LanguageModel, windows: np.ndarray, device: torch.device, dtype: torch.dtype
+) -> dict[str, float]:
+    """Score non-overlapping windows (n, T + 1): token-weighted loss, perplexity and accuracy."""
+    loss, n_correct = 0.0, 0
+    for batch in np.array_split(windows, -(-len(windows) // EVAL_BATCH)):
+        tokens = torch.from_numpy(batch).to(device)
+        with autocast(device, dtype):
+            logits = model(tokens[:, :-1])
+        logits, targets = logits.flatten(0, 1).float(), tokens[:, 1:].flatten()
+        loss += F.cross_entropy(logits, targets, reduction="sum").item()
+        n_correct += (logits.argmax(-1) == targets).sum().item()
+    n_tokens = windows.shape[0] * (windows.shape[1] - 1)
+    mean = loss / n_tokens
+    return {
+        "loss": mean,
+        "perplexity": float(np.exp(mean)),
+        "accuracy": n_correct / n_tokens,
+        "n_tokens": n_tokens,
+    }
