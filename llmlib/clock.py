@@ -7,13 +7,21 @@ evaluation do not. Time between a crash and the restart does not count.
 
 from __future__ import annotations
 
-import time
+import contextlib
+import threading
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
 
+import numpy as np
+
+from llmlib import runs
 from llmlib.config import TrainConfig
 
 KINDS = ("training", "compile", "validation", "checkpoint", "lost")
+HEARTBEAT_SECONDS = 1.0  # at most so much spent time escapes the ledger in a crash
 
 
 class Ledger:
@@ -21,35 +29,71 @@ class Ledger:
 
     def __init__(self, seconds: dict[str, float] | None = None):
         self.seconds = dict.fromkeys(KINDS, 0.0) | (seconds or {})
-        self._last = time.monotonic()
+        self.start()
 
     def start(self) -> None:
         """Begin counting now; what came before this moment is not the budget's."""
-        self._last = time.monotonic()
+        self._before = sum(self.seconds.values())
+        self._first = self._last = monotonic()
 
     def book(self, kind: str) -> float:
         """Book the time since the last booking to one kind and return it [s]."""
-        now = time.monotonic()
+        now = monotonic()
         elapsed, self._last = now - self._last, now
         self.seconds[kind] += elapsed
         return elapsed
 
-    def lose_training_since(self, seconds: dict[str, float]) -> float:
-        """Rebook training done since an earlier state of the ledger as lost; return how much [s]."""
-        lost = max(0.0, self.seconds["training"] - seconds["training"])
-        self.seconds["training"] -= lost
-        self.seconds["lost"] += lost
-        return lost
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Rebook seconds from one kind to another."""
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
 
     @property
     def total(self) -> float:
-        """Seconds booked so far."""
-        return sum(self.seconds.values())
+        """Seconds spent up to this moment, booked or not."""
+        return self._before + monotonic() - self._first
+
+    def so_far(self) -> dict[str, float]:
+        """What the books would say if the run died now: unfinished work is lost."""
+        seconds = dict(self.seconds)
+        seconds["lost"] += self.total - sum(seconds.values())
+        return seconds
+
+
+@contextlib.contextmanager
+def heartbeat(ledger: Ledger, path: Path) -> Iterator[None]:
+    """Note the ledger every second, so that a crash cannot hide time that was spent."""
+    is_over = threading.Event()
+
+    def note() -> None:
+        with contextlib.suppress(OSError):  # a full disk
+            runs.write_json(path, ledger.so_far())
+
+    def beat() -> None:
+        while not is_over.wait(HEARTBEAT_SECONDS):
+            note()
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
+        note()
+
+
+def last_heartbeat(path: Path) -> dict[str, float]:
+    """Read what a run had spent when it ended, however it ended; empty if it never began."""
+    try:
+        return runs.read_json(path)
+    except (OSError, ValueError):
+        return {}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What rank 0 decided about the next step."""
+    """What the next step is."""
 
     progress: float  # 0 on the first step, 1 on the last
     is_last: bool
@@ -68,7 +112,8 @@ class Budget:
                     f"budget_tokens={config.budget_tokens} is less than one step of "
                     f"{tokens_per_step} tokens; raise it or lower micro_batch or grad_accum."
                 )
-        self._recent: deque[float] = deque(maxlen=10)
+        self.compile_seconds = 0.0  # expected of the next step beyond what a step takes
+        self._recent: deque[float] = deque(maxlen=20)
 
     def observe(self, step_seconds: float) -> None:
         """Learn from a step (without compilation) how long the next may take."""
@@ -76,31 +121,41 @@ class Budget:
 
     @property
     def step_seconds(self) -> float:
-        """The slowest recent step: what the next one is allowed to take [s]."""
-        return max(self._recent, default=0.0)
+        """What the next step will hardly exceed [s], 0 while nothing is known.
 
-    def fits(self, spent: float, seconds: float) -> bool:
+        The median of recent steps and three times the way from there to their 90th percentile:
+        just the step time if it is steady, more if it varies, and unmoved by a lone slow step.
+        """
+        if not self._recent:
+            return 0.0
+        median, high = np.quantile(self._recent, [0.5, 0.9])
+        return float(median + 3 * (high - median))
+
+    def fits(self, ledger: Ledger, seconds: float) -> bool:
         """Say whether other work of this length still leaves room for one more step."""
-        return self.seconds is None or spent + seconds + self.step_seconds <= self.seconds
+        return self.seconds is None or ledger.total + seconds + self.step_seconds <= self.seconds
 
-    def seconds_left(self, step: int, spent: float) -> float:
+    def seconds_left(self, step: int, ledger: Ledger) -> float:
         """Estimate the time until the last step ends [s]."""
-        if self.seconds is not None:
-            return max(0.0, self.seconds - spent)
-        return (self.n_steps - step) * self.step_seconds
+        if self.n_steps is not None:
+            return (self.n_steps - step) * float(np.median(self._recent or [0.0]))
+        return max(0.0, self.seconds - ledger.total)
 
-    def plan(self, step: int, spent: float) -> Plan | None:
+    def plan(self, step: int, ledger: Ledger) -> Plan | None:
         """Plan the next step, or return None when the budget has no room for it.
 
         A step is the last if no other would fit behind it, so the schedule ends where promised.
+        Compilation is spent but is no progress: it would eat the warm-up of a short run.
         """
         if self.n_steps is not None:
             if step >= self.n_steps:
                 return None
-            return Plan(step / max(self.n_steps - 1, 1), step == self.n_steps - 1)
-        one, left = self.step_seconds, self.seconds - spent
+            is_last = step == self.n_steps - 1
+            return Plan(1.0 if is_last else step / (self.n_steps - 1), is_last)
+        one, spent, compiling = self.step_seconds, ledger.total, ledger.seconds["compile"]
+        left = self.seconds - spent - self.compile_seconds
         if left < one or left <= 0:
             return None
         if left < 2 * one:
             return Plan(1.0, True)
-        return Plan(min(spent / (self.seconds - one), 1.0), False)
+        return Plan(min((spent - compiling) / (self.seconds - compiling - one), 1.0), False)

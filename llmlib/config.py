@@ -75,6 +75,24 @@ def gpt2_config(**shape: Any) -> ModelConfig:
     return ModelConfig(arch="gpt2", d_ff=shape.pop("d_ff", 4 * shape["d_model"]), **shape)
 
 
+def resize(
+    model: ModelConfig, *, arch: str, n_layer: int | None = None, d_model: int | None = None
+) -> ModelConfig:
+    """Change architecture, depth or width, keeping head width, vocabulary and context.
+
+    GPT-2 in place of the recipe's Llama, with no shape given, is the organisers' 12 x 768.
+    """
+    if arch == model.arch and n_layer is None and d_model is None:
+        return model
+    base = gpt2_config() if arch == "gpt2" and model == ModelConfig() else model
+    n_layer, d_model = n_layer or base.n_layer, d_model or base.d_model
+    shared = {"vocab_size": model.vocab_size, "seq_len": model.seq_len}
+    if arch == "gpt2":
+        n_head = max(1, d_model // base.d_head)
+        return gpt2_config(n_layer=n_layer, d_model=d_model, n_head=n_head, **shared)
+    return replace(llama_config(n_layer, d_model, d_head=base.d_head, **shared), arch=arch)
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where text comes from and how it becomes tokens."""
@@ -173,13 +191,14 @@ PRESETS = {
     "laptop": Preset(
         scale="laptop",
         data=DataConfig(corpus="stdlib", tokenizer="bpe", bpe_vocab_size=4096, test_size=0.05),
-        model=llama_config(4, 128, d_head=32, vocab_size=4096, seq_len=256),
+        model=llama_config(2, 128, d_head=32, vocab_size=4096, seq_len=256),
         train=TrainConfig(
             budget_hours=0.05,
             micro_batch=8,
             grad_accum=1,
-            lr=3e-3,
-            eval_sequences=256,
+            lr=4e-3,
+            n_evals=10,
+            eval_sequences=48,
             checkpoint_minutes=0.5,
         ),
     ),

@@ -2,7 +2,8 @@
 
 Hub datasets, folders in the hub's layout, JSONL and parquet files go through ``datasets``, which
 resolves names, revisions and patterns; shards are then fetched one at a time, so a run that needs
-one shard downloads one. Text files and the running Python's own standard library are read here.
+one shard downloads one. Parquet, text files and the running Python's own standard library are read
+here, a few documents at a time, whatever the size of a file.
 """
 
 from __future__ import annotations
@@ -11,15 +12,23 @@ import hashlib
 import re
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from llmlib.config import DataConfig
 
 PIECE_BYTES = 10_000  # a lone .txt file is cut into documents of about this size, at blank lines
 FILES_PER_SHARD = 256  # text files that make one shard
-ROWS_PER_READ = 256
+ROWS_PER_READ = 64  # so that even rows of a megabyte need little memory
+FOOTERS_AT_ONCE = 16  # parquet footers read in parallel, for a data set of many remote files
+HUB_ADDRESS = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")
+
+
+Row = tuple[bytes | None, str]  # the text of a document as it is stored (None: null), its domain
 
 
 class Document(NamedTuple):
@@ -153,8 +162,8 @@ def _datasets_corpus(config: DataConfig, path: Path | None) -> Corpus:
 
 def _revision(url: str, asked: str | None) -> str | None:
     """The commit that hub addresses carry (hf://datasets/owner/name@commit/path)."""
-    found = re.match(r"hf://datasets/[^@]+@([^/]+)/", url)
-    return found.group(1) if found else asked
+    found = HUB_ADDRESS.match(url)
+    return unquote(found.group(2)) if found else asked
 
 
 def _first_line(error: Exception) -> str:
@@ -163,95 +172,134 @@ def _first_line(error: Exception) -> str:
 
 
 def fetch(shard: Shard) -> Shard:
-    """Download a hub shard into the Hugging Face cache; a broken download resumes where it stopped."""
-    if not shard.url.startswith("hf://"):
+    """Download a hub shard into the Hugging Face cache, resuming where a connection dropped."""
+    address = HUB_ADDRESS.match(shard.url)
+    if not address:
         return shard
-    from huggingface_hub import HfFileSystem, hf_hub_download
+    from huggingface_hub import hf_hub_download
 
-    path = HfFileSystem().resolve_path(shard.url)
+    name, revision, file = address.groups()
     try:
-        local = hf_hub_download(
-            path.repo_id, path.path_in_repo, repo_type="dataset", revision=path.revision
-        )
+        local = hf_hub_download(name, file, repo_type="dataset", revision=unquote(revision))
     except Exception as error:
         raise ValueError(
-            f"shard {shard.name} ({path.path_in_repo}) could not be downloaded: "
-            f"{_first_line(error)} Run again: finished shards are kept."
+            f"shard {shard.name} ({file}) could not be downloaded: {_first_line(error)} "
+            "Run again: finished shards are kept."
         ) from error
-    return Shard(shard.name, url=local, format=shard.format)
+    return replace(shard, url=local)
 
 
 def count_documents(corpus: Corpus) -> int:
     """Count the rows of train: as declared, else from parquet footers, else by reading."""
     if corpus.n_documents is not None:
         return corpus.n_documents
-    return sum(_count(shard) for shard in corpus.train)
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+        return sum(pool.map(_count, corpus.train))
 
 
 def _count(shard: Shard) -> int:
     if shard.format != "parquet":
-        return sum(1 for _ in read_documents(fetch(shard)))
+        return sum(1 for _ in read_rows(fetch(shard)))
     import fsspec
     import pyarrow.parquet as pq
 
-    with fsspec.open(shard.url, "rb") as file:  # reads the footer only, also from the hub
+    with _naming(shard), fsspec.open(shard.url, "rb") as file:  # reads no more than the footer
         return pq.ParquetFile(file).metadata.num_rows
 
 
-def read_documents(shard: Shard) -> Iterator[Document]:
-    """Yield the documents of a local shard in order, holding a few hundred at a time."""
-    if shard.files:
-        for path, domain in shard.files:
-            document = _decode(Path(path).read_bytes(), domain)
-            yield from _cut(document) if shard.is_cut else [document]
-        return
-    import datasets
-
+@contextmanager
+def _naming(shard: Shard) -> Iterator[None]:
+    """Say which shard could not be read; readers raise many kinds of errors."""
     try:
-        rows = datasets.load_dataset(
-            shard.format, data_files=[shard.url], split="train", streaming=True
-        )
-        for table in rows.with_format("arrow").iter(batch_size=ROWS_PER_READ):
-            yield from _rows(table)
-    except (ValueError, MemoryError, KeyboardInterrupt):
+        yield
+    except (ColumnError, MemoryError):
         raise
     except Exception as error:
         raise ValueError(
-            f"shard {shard.name} ({shard.url}) could not be read: {_first_line(error)} "
-            "Delete the file and fetch it again; finished shards are kept."
+            f"shard {shard.name} ({shard.url or 'text files'}) could not be read: "
+            f"{_first_line(error)} Delete the file and fetch it again; finished shards are kept."
         ) from error
 
 
-def _rows(table) -> Iterator[Document]:
+class ColumnError(ValueError):
+    """The corpus has no column of documents."""
+
+
+def read_documents(shard: Shard) -> Iterator[Document]:
+    """Yield the documents of a local shard in order."""
+    return (decode(*row) for row in read_rows(shard))
+
+
+def read_rows(shard: Shard) -> Iterator[Row]:
+    """Yield the rows of a local shard in order, holding a few at a time."""
+    with _naming(shard):
+        if shard.is_cut:
+            [(path, domain)] = shard.files
+            yield from ((piece, domain) for piece in _pieces(Path(path)))
+        elif shard.files:
+            yield from ((Path(path).read_bytes(), domain) for path, domain in shard.files)
+        else:
+            for table in _tables(shard):
+                yield from _rows(table)
+
+
+def _tables(shard: Shard) -> Iterator:
+    if shard.format == "parquet":
+        import pyarrow.parquet as pq
+
+        # Buffered and without read-ahead: one huge row group takes no more memory than many.
+        with pq.ParquetFile(shard.url, buffer_size=1 << 20, pre_buffer=False) as file:
+            columns = [c for c in ("text", "meta") if c in file.schema_arrow.names]
+            _require_text(file.schema_arrow.names)
+            yield from file.iter_batches(ROWS_PER_READ, columns=columns)
+    else:
+        import datasets
+
+        rows = datasets.load_dataset(
+            shard.format, data_files=[shard.url], split="train", streaming=True
+        )
+        yield from rows.with_format("arrow").iter(batch_size=ROWS_PER_READ)
+
+
+def _require_text(columns: list[str]) -> None:
+    if "text" not in columns:
+        raise ColumnError(
+            f"the corpus has no 'text' column (it has {', '.join(columns)}); rename the column that "
+            "holds the documents."
+        )
+
+
+def _rows(table) -> Iterator[Row]:
     import pyarrow as pa
 
-    if "text" not in table.column_names:
-        raise ValueError(
-            f"the corpus has no 'text' column (it has {', '.join(table.column_names)}); rename the "
-            "column that holds the documents."
-        )
-    raw = table["text"].cast(pa.binary()).to_pylist()
-    metas = table["meta"].to_pylist() if "meta" in table.column_names else [None] * len(raw)
-    for value, meta in zip(raw, metas, strict=True):
-        domain = (meta.get("redpajama_set_name") if isinstance(meta, dict) else None) or "all"
-        yield Document(None, domain) if value is None else _decode(value, domain)
+    _require_text(table.schema.names)
+    texts = table.column("text").cast(pa.binary()).to_pylist()
+    metas = table.column("meta").to_pylist() if "meta" in table.schema.names else [{}] * len(texts)
+    for text, meta in zip(texts, metas, strict=True):
+        domain = meta.get("redpajama_set_name") if isinstance(meta, dict) else None
+        yield text, domain or "all"
 
 
-def _decode(raw: bytes, domain: str) -> Document:
+def decode(raw: bytes | None, domain: str) -> Document:
+    """Turn a row into a document; bytes that are not UTF-8 become U+FFFD."""
+    if raw is None:
+        return Document(None, domain)
     try:
         return Document(raw.decode(), domain, len(raw))
     except UnicodeDecodeError:
         return Document(raw.decode(errors="replace"), domain, len(raw), is_valid=False)
 
 
-def _cut(document: Document) -> Iterator[Document]:
-    """Cut one long text at blank lines into documents of about PIECE_BYTES."""
-    piece, size = "", 0
-    for paragraph in re.split(r"(?<=\n\n)", document.text):
-        piece += paragraph
-        size = len(piece.encode())
-        if size >= PIECE_BYTES:
-            yield document._replace(text=piece, n_bytes=size)
-            piece, size = "", 0
+def _pieces(path: Path) -> Iterator[bytes]:
+    """Cut one long text at blank lines into pieces of PIECE_BYTES or a little more."""
+    piece: list[bytes] = []
+    size = 0
+    with open(path, "rb") as file:
+        for line in file:
+            piece.append(line)
+            size += len(line)
+            if size >= PIECE_BYTES and not line.strip():
+                yield b"".join(piece)
+                piece, size = [], 0
     if piece:
-        yield document._replace(text=piece, n_bytes=size)
+        yield b"".join(piece)

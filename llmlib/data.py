@@ -1,19 +1,22 @@
 """Token files to batches.
 
-Batches are a pure function of (seed, step), so resuming means knowing the step. ``prepare`` writes
-the files and the manifest that this module reads.
+Batches are a pure function of (seed, step, rank), so resuming means knowing the step. ``prepare``
+writes the files and the manifest that this module reads.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
 from llmlib import runs
@@ -71,7 +74,8 @@ def load_manifest(folder: Path) -> dict[str, Any]:
 class Batches:
     """Training batches without replacement: each epoch is its own permutation of all windows.
 
-    A window is ``seq_len + 1`` tokens: inputs and, one to the right, targets.
+    A window is ``seq_len + 1`` tokens: inputs and, one to the right, targets. What is left at the
+    end of a file and too short for a window is not used.
     """
 
     def __init__(
@@ -114,6 +118,11 @@ class Batches:
         self, step: int, *, rank: int = 0, world_size: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read this rank's share of a step: inputs and targets, each (n_sequences / world_size, T)."""
+        if self.n_sequences % world_size:
+            raise ValueError(
+                f"n_sequences={self.n_sequences} cannot be shared by world_size={world_size}; make it "
+                f"a multiple of {world_size}."
+            )
         share = self.n_sequences // world_size
         mine = self.indices(step)[rank * share : (rank + 1) * share]
         windows = np.stack([self._window(int(i)) for i in mine]).astype(np.int64)
@@ -159,12 +168,69 @@ def prefetch(
 def eval_windows(tokens: Tokens, seq_len: int, n_sequences: int | None = None) -> np.ndarray:
     """Read non-overlapping windows (n, seq_len + 1) of a held-out split, evenly spread, always the same."""
     stream = np.concatenate([tokens.read(i, 0, n) for i, n in enumerate(tokens.lengths)])
-    n_windows = (len(stream) - 1) // seq_len
-    if n_windows < 1:
+    if len(stream) <= seq_len:
         raise ValueError(
             f"the validation split has {len(stream)} tokens, too few for one window of {seq_len + 1}; "
             "bring more text, raise test_size or lower seq_len."
         )
+    return _windows(stream, seq_len, n_sequences)
+
+
+def _windows(stream: np.ndarray, seq_len: int, n_sequences: int | None = None) -> np.ndarray:
+    n_windows = (len(stream) - 1) // seq_len
     n_used = min(n_sequences or n_windows, n_windows)
     starts = np.linspace(0, n_windows - 1, n_used).round().astype(np.int64) * seq_len
     return np.stack([stream[s : s + seq_len + 1] for s in starts]).astype(np.int64)
+
+
+def read_domain(folder: Path, split: str, domain: str) -> np.ndarray:
+    """Read the tokens of one domain's documents in a held-out split, in order."""
+    tokens, parts = open_split(folder, split), []
+    shards = [shard for shard in load_manifest(folder)["splits"][split] if shard["n_tokens"]]
+    for i, shard in enumerate(shards):
+        if "documents" not in shard:
+            raise ValueError(f"split={split!r} does not list its documents; choose a held-out one.")
+        is_wanted = [document[1] == domain for document in shard["documents"]]
+        counts = [document[3] for document in shard["documents"]]
+        parts.append(tokens.read(i, 0, tokens.lengths[i])[np.repeat(is_wanted, counts)])
+    return np.concatenate(parts)
+
+
+def domain_windows(folder: Path, split: str, seq_len: int) -> dict[str, np.ndarray]:
+    """Cut each domain of a held-out split into windows; one too small for a window is left out."""
+    shards = load_manifest(folder)["splits"][split]
+    domains = sorted({domain for shard in shards for domain in shard["domains"]})
+    streams = {domain: read_domain(folder, split, domain) for domain in domains}
+    return {d: _windows(stream, seq_len) for d, stream in streams.items() if len(stream) > seq_len}
+
+
+def shared_documents(folder: Path) -> pd.DataFrame:
+    """Count the documents (by the hash of their tokens) of one split that another one holds too."""
+    names = list(load_manifest(folder)["splits"])
+    heldout = {name: set(_document_hashes(folder, name)) for name in names if name != "train"}
+    n_shared = {(a, b): len(heldout[a] & heldout[b]) for a, b in combinations(heldout, 2)}
+    n_shared |= {("train", name): 0 for name in heldout}
+    for digest in _document_hashes(folder, "train"):
+        for name, known in heldout.items():
+            n_shared["train", name] += digest in known
+    return pd.DataFrame(
+        [(*pair, n) for pair, n in n_shared.items()], columns=["split", "other", "n_shared"]
+    )
+
+
+def _document_hashes(folder: Path, split: str) -> Iterator[bytes]:
+    tokens = open_split(folder, split)
+    end_of_text = load_manifest(folder)["tokenizer"]["end_of_text"]
+    for i, length in enumerate(tokens.lengths):
+        stream, start = tokens.read(i, 0, length), 0
+        for stop in (np.flatnonzero(stream == end_of_text) + 1).tolist():
+            yield hashlib.blake2b(stream[start:stop].tobytes(), digest_size=16).digest()
+            start = stop
+
+
+def document_lengths(folder: Path, split: str) -> pd.DataFrame:
+    """Measure the documents of a split's first token file [tokens, end of text included]."""
+    tokens = open_split(folder, split)
+    end_of_text = load_manifest(folder)["tokenizer"]["end_of_text"]
+    ends = np.flatnonzero(tokens.read(0, 0, tokens.lengths[0]) == end_of_text) + 1
+    return pd.DataFrame({"tokens": np.diff(ends, prepend=0)})

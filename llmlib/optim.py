@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import nn
 
@@ -12,17 +14,11 @@ from llmlib.config import TrainConfig
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Split parameters into decayed matrices and undecayed vectors (norm gains).
-
-    Every trainable parameter lands in exactly one group; a leftover is our bug, not the reader's.
-    """
+    """Split parameters into decayed matrices and undecayed vectors (norm gains)."""
     params = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in params if p.dim() >= 2]
-    vectors = [p for p in params if p.dim() < 2]
-    assert len(matrices) + len(vectors) == len({id(p) for p in params})
     return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
     ]
 
 
@@ -36,12 +32,15 @@ OPTIMIZERS = {"adamw": adamw}
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Build an optimizer by name."""
+    """Build an optimizer by name; every trainable parameter is in exactly one of its groups."""
     if config.optimizer not in OPTIMIZERS:
         raise ValueError(
             f"optimizer={config.optimizer!r} is unknown; choose one of {', '.join(OPTIMIZERS)}."
         )
-    return OPTIMIZERS[config.optimizer](model, config)
+    optimizer = OPTIMIZERS[config.optimizer](model, config)
+    grouped = Counter(id(p) for group in optimizer.param_groups for p in group["params"])
+    assert grouped == Counter(id(p) for p in model.parameters() if p.requires_grad)
+    return optimizer
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -12,13 +12,14 @@ import hashlib
 import math
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tiktoken
@@ -28,15 +29,17 @@ from llmlib import runs
 from llmlib.config import DataConfig, to_json
 from llmlib.corpus import (
     Corpus,
-    Document,
+    Row,
     Shard,
     count_documents,
+    decode,
     fetch,
     open_corpus,
     read_documents,
+    read_rows,
 )
 from llmlib.tokenizer import (
-    END_OF_TEXT,
+    DocumentEncoder,
     load_tiktoken,
     load_tokenizer,
     save_tokenizer,
@@ -45,7 +48,7 @@ from llmlib.tokenizer import (
 )
 
 BPE_TRAINING_BYTES = 40_000_000  # text that a trained tokenizer sees
-DOCUMENTS_PER_JOB = 64  # enough work per job to hide what Python adds to it
+JOB_BYTES = 500_000  # text per job: enough to hide what Python adds, little enough to share out
 
 
 def prepare(config: DataConfig, folder: Path, *, n_workers: int | None = None) -> dict[str, Any]:
@@ -54,7 +57,13 @@ def prepare(config: DataConfig, folder: Path, *, n_workers: int | None = None) -
         manifest = runs.read_json(folder / "manifest.json")
         _refuse_other_source(folder, manifest["source"]["config"], to_json(config))
         return manifest
-    folder.mkdir(parents=True, exist_ok=True)
+    with _explaining_full_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with runs.lock(folder):
+            return _prepare(config, folder, n_workers)
+
+
+def _prepare(config: DataConfig, folder: Path, n_workers: int | None) -> dict[str, Any]:
     source, corpus = _claim(config, folder)
     heldout = heldout_documents(source["n_documents"], config.test_size, config.split_seed)
     heldout_set = set(heldout.tolist())
@@ -68,15 +77,14 @@ def prepare(config: DataConfig, folder: Path, *, n_workers: int | None = None) -
                 break
         n_tokens = encoder.n_tokens
         official = {
-            split: [encoder.encode(shard, 0, heldout=None) for shard in official_shards]
-            for split, official_shards in corpus.official.items()
+            split: encoder.encode_official(shards) for split, shards in corpus.official.items()
         }
     if len(shards) == len(corpus.train) and n_seen != source["n_documents"]:
         raise ValueError(
             f"corpus={config.corpus!r} declares {source['n_documents']} documents but holds {n_seen}; "
             "its split cannot be trusted. Fetch it again, or give the files as a local folder."
         )
-    val = _write_val(folder, encoder.dtype, shards, heldout)
+    val = _write_val(folder, encoder.documents.dtype, shards, heldout)
     if n_tokens == 0 or val["n_tokens"] == 0:
         raise ValueError(
             f"corpus={config.corpus!r} holds no text for {'training' if val['n_tokens'] else 'validation'}"
@@ -87,10 +95,10 @@ def prepare(config: DataConfig, folder: Path, *, n_workers: int | None = None) -
         "tokenizer": {
             "name": encoding.name,
             "vocab_size": encoding.n_vocab,
-            "end_of_text": encoder.end_of_text,
+            "end_of_text": encoder.documents.end_of_text,
             "sha256": tokenizer_hash(encoding),
         },
-        "dtype": encoder.dtype.str,
+        "dtype": encoder.documents.dtype.str,
         "n_tokens": n_tokens,
         "n_heldout_documents": len(heldout),
         "is_whole_corpus": len(shards) == len(corpus.train),
@@ -144,22 +152,39 @@ def _tokenizer(
     if path.exists():
         return load_tokenizer(path)
     if config.tokenizer == "bpe":
-        encoding = train_bpe(_training_texts(corpus, heldout), config.bpe_vocab_size)
+        encoding = train_bpe(
+            _training_texts(corpus, heldout, config.n_tokens), config.bpe_vocab_size
+        )
     else:
         encoding = load_tiktoken(config.tokenizer)
     runs.write_atomic(path, save_tokenizer(encoding))
     return encoding
 
 
-def _training_texts(corpus: Corpus, heldout: set[int]) -> Iterator[str]:
-    n_bytes = 0
-    documents = chain.from_iterable(read_documents(fetch(shard)) for shard in corpus.train)
-    for index, document in enumerate(documents):
-        if index not in heldout and document.text:
-            yield document.text
+def _training_texts(corpus: Corpus, heldout: set[int], n_tokens: int | None) -> Iterator[str]:
+    """Yield training documents up to BPE_TRAINING_BYTES, from shards that ``n_tokens`` surely needs."""
+    n_bytes = index = 0
+    for shard in corpus.train:
+        for document in read_documents(fetch(shard)):
+            if index not in heldout and document.text:
+                yield document.text
             n_bytes += document.n_bytes
+            index += 1
             if n_bytes >= BPE_TRAINING_BYTES:
                 return
+        # A document has at most one token per byte, and one at its end.
+        if n_tokens is not None and n_bytes + index >= n_tokens:
+            return
+
+
+class Job(NamedTuple):
+    """Rows turned to tokens: those of the main file and those of the held-out one."""
+
+    n_rows: int
+    n_bytes: int
+    skipped: Counter
+    main: tuple[np.ndarray, list]  # tokens, [index, domain, bytes, tokens] of each document
+    heldout: tuple[np.ndarray, list]
 
 
 class Encoder:
@@ -176,9 +201,7 @@ class Encoder:
         n_documents: int,
         n_workers: int | None = None,
     ):
-        self.encoding = encoding
-        self.end_of_text = encoding.encode_single_token(END_OF_TEXT)
-        self.dtype = np.dtype("<u2" if encoding.n_vocab <= 2**16 else "<u4")
+        self.documents = DocumentEncoder(encoding)
         self.folder = folder
         self.n_workers = n_workers or n_cores()
         self.pool = ThreadPoolExecutor(self.n_workers)
@@ -203,50 +226,75 @@ class Encoder:
             marker = runs.read_json(marker_path)
             self.progress.skip(marker["n_rows"])
         else:
-            try:
-                marker = self._write(fetch(shard), offset, heldout)
-            except OSError as error:
-                raise _explain_full_disk(error, self.folder, shard.name) from error
+            marker = self._write(fetch(shard), offset, heldout)
             runs.write_json(marker_path, marker)
         self.n_tokens += marker["n_tokens"] if heldout is not None else 0
         return marker
 
+    def encode_official(self, shards: list[Shard]) -> list[dict[str, Any]]:
+        """Write one of the dataset's own held-out splits."""
+        markers, n_seen = [], 0
+        for shard in shards:
+            markers.append(self.encode(shard, n_seen, heldout=None))
+            n_seen += markers[-1]["n_rows"]
+        return markers
+
     def _write(self, shard: Shard, offset: int, heldout: set[int] | None) -> dict[str, Any]:
         main_path, val_path = (self.folder / f"{shard.name}{kind}.bin" for kind in ("", ".val"))
-        n_rows, skipped = 0, {"null": 0, "empty": 0, "invalid_utf8": 0}
+        n_rows, skipped = 0, Counter(null=0, empty=0, invalid_utf8=0)
         with TokenFile(main_path, heldout is None) as main, TokenFile(val_path, True) as val:
-            for index, (document, tokens) in enumerate(self._tokenise(shard), start=offset):
-                n_rows += 1
-                skipped["invalid_utf8"] += not document.is_valid
-                if not document.text:
-                    skipped["null" if document.text is None else "empty"] += 1
-                else:
-                    file = val if heldout and index in heldout else main
-                    file.append(index, document.domain, document.n_bytes, tokens)
-                self.progress.update(document.n_bytes, len(tokens))
-            marker = {"n_rows": n_rows, "skipped": skipped} | main.finish()
+            for job in self._jobs(shard, offset, heldout or set()):
+                n_rows += job.n_rows
+                skipped.update(job.skipped)
+                main.append(*job.main)
+                val.append(*job.heldout)
+                self.progress.update(job)
+            marker = {"n_rows": n_rows, "skipped": dict(skipped)} | main.finish()
             return marker | ({"val": val.finish()} if heldout is not None else {})
 
-    def _tokenise(self, shard: Shard) -> Iterator[tuple[Document, np.ndarray]]:
-        """Encode documents in order; only a few jobs are in flight, so memory stays flat."""
-        documents, pending = read_documents(shard), deque()
-        while True:
-            job = list(islice(documents, DOCUMENTS_PER_JOB))
-            if job:
-                pending.append((job, self.pool.submit(self._encode_job, job)))
-            if pending and (not job or len(pending) > 2 * self.n_workers):
-                done, future = pending.popleft()
-                yield from zip(done, future.result(), strict=True)
-            elif not job:
-                return
+    def _jobs(self, shard: Shard, offset: int, heldout: set[int]) -> Iterator[Job]:
+        """Encode rows in order; only a few jobs are in flight, so memory stays flat."""
+        pending: deque = deque()
+        for rows in _groups(read_rows(shard)):
+            pending.append(self.pool.submit(self._encode_job, rows, offset, heldout))
+            offset += len(rows)
+            if len(pending) > 4 * self.n_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
-    def _encode_job(self, documents: list[Document]) -> list[np.ndarray]:
-        return [self.encode_text(document.text or "") for document in documents]
+    def _encode_job(self, rows: list[Row], offset: int, heldout: set[int]) -> Job:
+        documents = [decode(*row) for row in rows]
+        texts = [document.text for document in documents if document.text]
+        tokens, counts = self.documents.encode(texts)
+        is_heldout = np.array([offset + i in heldout for i, d in enumerate(documents) if d.text])
+        of_heldout = np.repeat(is_heldout.astype(bool), counts)
+        counts, skipped = iter(counts.tolist()), Counter()
+        main, val = [], []
+        for index, document in enumerate(documents, start=offset):
+            skipped["invalid_utf8"] += not document.is_valid
+            if document.text:
+                entry = [index, document.domain, document.n_bytes, next(counts)]
+                (val if index in heldout else main).append(entry)
+            else:
+                skipped["null" if document.text is None else "empty"] += 1
+        n_bytes = sum(document.n_bytes for document in documents)
+        return Job(
+            len(rows), n_bytes, skipped, (tokens[~of_heldout], main), (tokens[of_heldout], val)
+        )
 
-    def encode_text(self, text: str) -> np.ndarray:
-        """Encode one document as ordinary text, with the end-of-text token behind it."""
-        tokens = self.encoding.encode_to_numpy(text, disallowed_special=())
-        return np.append(tokens, self.end_of_text).astype(self.dtype)
+
+def _groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Gather rows until they hold JOB_BYTES of text."""
+    group, size = [], 0
+    for row in rows:
+        group.append(row)
+        size += len(row[0] or b"") + 1
+        if size >= JOB_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def n_cores() -> int:
@@ -254,14 +302,19 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _explain_full_disk(error: OSError, folder: Path, name: str) -> Exception:
-    if error.errno != errno.ENOSPC:
-        return error
-    free = shutil.disk_usage(folder).free / 1e9
-    return ValueError(
-        f"the disk is full ({free:.2f} GB left) while writing {name}; free some space "
-        "(2 bytes per token, 4 for a large vocabulary) and run again: finished shards are kept."
-    )
+@contextmanager
+def _explaining_full_disk(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        free = shutil.disk_usage(folder.parent).free / 1e9
+        raise ValueError(
+            f"the disk is full ({free:.2f} GB left) while writing tokens to {folder.name}; free some "
+            "space (2 bytes per token, 4 for a large vocabulary) and run again: finished shards are "
+            "kept."
+        ) from error
 
 
 class Progress:
@@ -269,25 +322,27 @@ class Progress:
 
     def __init__(self, n_documents: int, n_tokens_wanted: int | None):
         self.n_tokens_wanted = n_tokens_wanted
-        self.n_bytes = self.n_tokens = self.n_done = 0
+        self.n_bytes = self.n_tokens = self.n_rows = 0
         self.bar = tqdm(total=n_documents, desc="tokenising", unit=" documents", mininterval=1)
 
     def skip(self, n_documents: int) -> None:
         self.bar.initial += n_documents
         self.bar.n += n_documents
 
-    def update(self, n_bytes: int, n_tokens: int) -> None:
-        self.n_bytes += n_bytes
-        self.n_tokens += n_tokens
-        self.n_done += 1
-        if self.n_tokens_wanted is not None:
-            expected = self.n_tokens_wanted * self.n_done / self.n_tokens
-            self.bar.total = min(self.bar.total, max(int(expected), self.bar.n + 1))
-        if self.bar.update():
-            seconds = max(self.bar.format_dict["elapsed"], 1e-9)
-            self.bar.set_postfix_str(
-                f"{self.n_bytes / seconds / 1e6:.1f} MB/s, {self.n_tokens / seconds:,.0f} tokens/s"
-            )
+    def update(self, job: Job) -> None:
+        self.n_bytes += job.n_bytes
+        self.n_tokens += len(job.main[0]) + len(job.heldout[0])
+        self.n_rows += job.n_rows
+        if self.n_tokens_wanted is not None and self.n_tokens:
+            expected = self.bar.initial + self.n_tokens_wanted * self.n_rows // self.n_tokens
+            self.bar.total = min(self.bar.total, expected)
+        self.bar.total = max(self.bar.total, self.bar.n + job.n_rows)
+        seconds = max(self.bar.format_dict["elapsed"], 1e-9)
+        self.bar.set_postfix_str(
+            f"{self.n_bytes / seconds / 1e6:.1f} MB/s, {self.n_tokens / seconds:,.0f} tokens/s",
+            refresh=False,
+        )
+        self.bar.update(job.n_rows)
 
     def close(self) -> None:
         self.bar.close()
@@ -299,7 +354,7 @@ class TokenFile:
     def __init__(self, path: Path, lists_documents: bool):
         self.path = path
         self.temporary = path.with_name(f".{path.name}.tmp")
-        self.file = open(self.temporary, "wb")  # noqa: SIM115 - closed by __exit__
+        self.file = open(self.temporary, "wb", buffering=0)  # noqa: SIM115 - closed by __exit__
         self.sha256 = hashlib.sha256()
         self.domains: dict[str, dict[str, int]] = {}
         self.n_tokens = 0
@@ -312,19 +367,22 @@ class TokenFile:
         self.file.close()
         self.temporary.unlink(missing_ok=True)
 
-    def append(self, index: int, domain: str, n_bytes: int, tokens: np.ndarray) -> None:
-        raw = tokens.tobytes()
-        self.file.write(raw)
-        self.sha256.update(raw)
+    def append(self, tokens: np.ndarray, documents: list) -> None:
+        """Add tokens and the [index, domain, bytes, tokens] of the documents they make up."""
+        raw = memoryview(tokens).cast("B")
+        while written := self.file.write(raw):
+            raw = raw[written:]
+        self.sha256.update(memoryview(tokens).cast("B"))
         self.n_tokens += len(tokens)
-        counts = self.domains.setdefault(domain, {"documents": 0, "bytes": 0, "tokens": 0})
-        for name, more in (("documents", 1), ("bytes", n_bytes), ("tokens", len(tokens))):
-            counts[name] += more
+        for _, domain, n_bytes, n_tokens in documents:
+            counts = self.domains.setdefault(domain, {"documents": 0, "bytes": 0, "tokens": 0})
+            counts["documents"] += 1
+            counts["bytes"] += n_bytes
+            counts["tokens"] += n_tokens
         if self.documents is not None:
-            self.documents.append([index, domain, n_bytes, len(tokens)])
+            self.documents += documents
 
     def finish(self) -> dict[str, Any]:
-        self.file.flush()
         os.fsync(self.file.fileno())
         os.replace(self.temporary, self.path)
         marker = {
@@ -349,8 +407,8 @@ def _write_val(
     with TokenFile(folder / "val.bin", lists_documents=True) as file:
         for index in heldout.tolist():
             if index in found:
-                (_, domain, n_bytes, _), tokens = found[index]
-                file.append(index, domain, n_bytes, tokens)
+                document, tokens = found[index]
+                file.append(tokens, [document])
         return file.finish()
 
 
@@ -359,21 +417,20 @@ def verify(folder: Path) -> list[str]:
 
     Whatever belongs to a bad file is forgotten, so that the next ``prepare`` rebuilds it alone.
     """
-    bad = []
-    for path in sorted(folder.glob("*.json")):
-        if path.name in ("manifest.json", "source.json", "tokenizer.json"):
-            continue
-        marker = runs.read_json(path)
+    manifest_path = folder / "manifest.json"
+    splits = runs.read_json(manifest_path)["splits"] if manifest_path.exists() else {}
+    others = ("manifest.json", "source.json", "tokenizer.json")
+    on_disk = [runs.read_json(p) for p in folder.glob("*.json") if p.name not in others]
+    markers = {m["file"]: m for m in [*on_disk, *chain.from_iterable(splits.values())]}
+    bad, forget = [], []
+    for name, marker in sorted(markers.items()):
         files = [marker, marker["val"]] if "val" in marker else [marker]
         if names := [m["file"] for m in files if _sha256(folder / m["file"]) != m["sha256"]]:
             bad += names
-            path.unlink()
-    manifest_path = folder / "manifest.json"
-    if manifest_path.exists():
-        [val] = runs.read_json(manifest_path)["splits"]["val"]
-        bad += [val["file"]] if _sha256(folder / val["file"]) != val["sha256"] else []
-        if bad:
-            manifest_path.unlink()
+            forget.append((folder / name).with_suffix(".json"))
+    # The manifest goes first: a verification that is killed here must not leave it behind alone.
+    for path in [manifest_path, *forget] if bad else []:
+        path.unlink(missing_ok=True)
     return bad
 
 

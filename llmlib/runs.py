@@ -14,9 +14,10 @@ import os
 import platform
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 
@@ -158,15 +159,17 @@ class Locked(Exception):
 def lock(path: Path) -> Iterator[None]:
     """Own a run's folder; the operating system frees the lock when its owner dies."""
     with open(path / "lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        for _ in range(20):  # whoever asks for the owner holds the lock for a moment
+            if _try_lock(file):
+                break
+            time.sleep(0.05)
+        else:
             raise Locked(
-                f"run {path.name} is being trained by {lock_owner(path)}; wait for it, or stop that "
+                f"run {path.name} is being trained by {_owner(file)}; wait for it, or stop that "
                 "process first."
-            ) from error
+            )
         file.truncate(0)
-        file.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         try:
             yield
@@ -179,12 +182,20 @@ def lock_owner(path: Path) -> str | None:
     if not (path / "lock").exists():
         return None
     with open(path / "lock", "r+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            owner = json.loads(file.read() or "{}")
-            return f"process {owner.get('pid')} on {owner.get('host')}"
-    return None
+        return None if _try_lock(file) else _owner(file)
+
+
+def _try_lock(file: IO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _owner(file: IO) -> str:
+    file.seek(0)
+    return file.read() or "another process"
 
 
 def read_metrics(path: Path) -> pd.DataFrame:

@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import pandas as pd
+
 from llmlib.config import ModelConfig
 
 # Dense bf16 peaks from NVIDIA's datasheets [FLOP/s]. A device that is not here has no datasheet
@@ -95,3 +98,16 @@ def params_at_ratio(flops: float, ratio: float) -> float:
 def tokens_for(budget_seconds: float, tokens_per_s: float) -> float:
     """Count the tokens that a budget buys at a measured speed."""
     return budget_seconds * tokens_per_s
+
+
+def loss_curves(flops: float, fits: dict[str, LossSurface]) -> pd.DataFrame:
+    """Tabulate each fit's loss against parameters when C = 6 N D is fixed."""
+    centre = params_at_ratio(flops, 20)
+    n_params = np.geomspace(centre / 30, centre * 30, 121)
+    tables = [
+        pd.DataFrame(
+            {"fit": name, "n_params": n_params, "loss": fit.loss(n_params, flops / 6 / n_params)}
+        )
+        for name, fit in fits.items()
+    ]
+    return pd.concat(tables, ignore_index=True)

@@ -1,6 +1,6 @@
 """One training step and one validation: what the full run does, and what the benchmark measures.
 
-Weights, gradients and optimizer state are fp32; matmuls run in bf16 where the hardware has it.
+A step is shared by the processes of a group. Weights, gradients and optimizer state are fp32; matmuls run in bf16 where the hardware has it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -21,6 +22,49 @@ from llmlib.model import LanguageModel
 from llmlib.optim import set_lr
 
 EVAL_BATCH = 16  # sequences
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a run; one process is its own group."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @staticmethod
+    def join() -> Group:
+        """Join the group that torchrun started, if it did."""
+        if not dist.is_torchelastic_launched():
+            return Group()
+        local_rank = int(os.environ["LOCAL_RANK"])
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        return Group(dist.get_rank(), dist.get_world_size(), local_rank)
+
+    def leave(self) -> None:
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    @property
+    def leads(self) -> bool:
+        """Rank 0 decides, validates, saves and writes the record."""
+        return self.rank == 0
+
+    def follow_leader(self, *values: float) -> list[float]:
+        """Give every process the leader's values, as soon as the leader is here."""
+        decision = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.broadcast(decision, src=0)
+        return decision.tolist()
+
+    def wait_for_leader(self) -> None:
+        self.follow_leader(0.0)
+
+    def share(self, model: nn.Module) -> nn.Module:
+        """Let the processes average the gradients of their copies of a model."""
+        return DistributedDataParallel(model) if self.size > 1 else model
 
 
 def pick_device(local_rank: int = 0) -> torch.device:

@@ -10,23 +10,30 @@ import base64
 import hashlib
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+CUT_PATTERN = GPT2_PATTERN.replace(r"|\s+(?!\S)", "")  # splits alike once the text is cut
+CUT = "\ufdd0"  # a Unicode noncharacter: reserved for use inside programs
+WHITE_SPACE = (  # what tiktoken's \s means, spelt for arrow's regular expressions
+    r"\t-\r \x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}"
+)
 
 
 def load_tiktoken(name: str) -> tiktoken.Encoding:
     """Load a published encoding by name; its vocabulary is downloaded once or read from a cache."""
-    try:
-        encoding = tiktoken.get_encoding(name)
-    except ValueError as error:
+    if name not in tiktoken.list_encoding_names():
         raise ValueError(
             f"tokenizer={name!r} is unknown; choose 'bpe' (train one on the corpus) or one of "
             f"{', '.join(tiktoken.list_encoding_names())}."
-        ) from error
+        )
+    try:
+        encoding = tiktoken.get_encoding(name)
     except Exception as error:  # requests raises many kinds; all mean: no network
         raise ValueError(
             f"tokenizer={name!r} needs its vocabulary, which could not be downloaded "
@@ -75,8 +82,8 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def tokenizer_hash(encoding: tiktoken.Encoding) -> str:
-    """Hash what decides the tokens: the pattern, the ranks and the special tokens."""
-    digest = hashlib.sha256(encoding._pat_str.encode())
+    """Hash what decides the tokens: the name (which stands for the pattern) and all tokens."""
+    digest = hashlib.sha256(encoding.name.encode())
     for word, rank in sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1]):
         digest.update(word + rank.to_bytes(4, "little"))
     digest.update(json.dumps(encoding._special_tokens, sort_keys=True).encode())
@@ -95,7 +102,64 @@ def save_tokenizer(encoding: tiktoken.Encoding) -> str:
 def load_tokenizer(path: Path) -> tiktoken.Encoding:
     """Read what ``save_tokenizer`` wrote."""
     record = json.loads(path.read_text())
-    if record["name"] != "bpe":
-        return load_tiktoken(record["name"])
-    words = [base64.b64decode(word) for word in record["words"]]
-    return _encoding("bpe", {word: rank for rank, word in enumerate(words)})
+    if record["name"] == "bpe":
+        words = [base64.b64decode(word) for word in record["words"]]
+        encoding = _encoding("bpe", {word: rank for rank, word in enumerate(words)})
+    else:
+        encoding = load_tiktoken(record["name"])
+    if tokenizer_hash(encoding) != record["sha256"]:
+        raise ValueError(
+            f"{path.name} in {path.parent.name} does not hold the tokenizer that its sha256 names; "
+            "delete the folder of tokens and prepare them again."
+        )
+    return encoding
+
+
+class DocumentEncoder:
+    """Encode documents just as ``encode_ordinary`` does, about twice as fast.
+
+    GPT-2's pattern looks ahead for one thing: of white space before a word, the last character
+    goes with the word. With a mark put before that character, a pattern without look-ahead splits
+    the text alike, and a finite automaton can run it.
+    """
+
+    def __init__(self, encoding: tiktoken.Encoding):
+        self.encoding = encoding
+        self.end_of_text = encoding.encode_single_token(END_OF_TEXT)
+        self.dtype = np.dtype("<u2" if encoding.n_vocab <= 2**16 else "<u4")
+        self.cut_token = encoding.n_vocab  # not in the vocabulary; never leaves this class
+        self.cutting = None
+        if encoding.name in ("gpt2", "bpe"):
+            self.cutting = tiktoken.Encoding(
+                f"{encoding.name}, cut",
+                pat_str=CUT_PATTERN,
+                mergeable_ranks=encoding._mergeable_ranks,
+                special_tokens={CUT: self.cut_token},
+            )
+
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of all documents, <|endoftext|> after each, and their counts."""
+        if self.cutting is None or any(CUT in text for text in texts):
+            encoded = [self.encoding.encode_to_numpy(t, disallowed_special=()) for t in texts]
+        else:
+            encoded = [
+                self.cutting.encode_to_numpy(text, allowed_special={CUT}, disallowed_special=())
+                for text in _cut_before_words(texts)
+            ]
+        end = np.array([self.end_of_text], np.uint32)
+        tokens = np.concatenate([end[:0], *chain.from_iterable((part, end) for part in encoded)])
+        tokens = tokens[tokens != self.cut_token].astype(self.dtype)
+        ends = np.flatnonzero(tokens == self.end_of_text) + 1
+        return tokens, np.diff(ends, prepend=0)
+
+
+def _cut_before_words(texts: list[str]) -> list[str]:
+    """Put CUT before the last of several white-space characters that stand before a word."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    return pc.replace_substring_regex(
+        pa.array(texts, pa.large_string()),
+        pattern=f"([{WHITE_SPACE}])([{WHITE_SPACE}][^{WHITE_SPACE}])",
+        replacement=rf"\1{CUT}\2",
+    ).to_pylist()

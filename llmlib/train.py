@@ -2,40 +2,51 @@
 
 ``Trainer.run`` reads as the algorithm. The step is in ``step``, the budget in ``clock``, saving in
 ``checkpoint``; notebooks start a run in a process of its own through ``supervise``. As a program:
-``python -m llmlib.train RUN --tokens FOLDER``, under torchrun on several GPUs.
+``python -m llmlib.train RUN --tokens FOLDER``, under torchrun on several GPUs or machines (which
+then share the run's folder).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
 import select
 import signal
 import sys
-from dataclasses import asdict, dataclass, field
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
 from llmlib import checkpoint, data, runs
-from llmlib.clock import Budget, Ledger, Plan
+from llmlib.clock import Budget, Ledger, Plan, heartbeat, last_heartbeat
 from llmlib.config import ModelConfig, TrainConfig
 from llmlib.model import build_model
 from llmlib.optim import build_optimizer
 from llmlib.schedule import lr_multiplier
 from llmlib.sizing import count_params, datasheet_peak, flops_per_token
-from llmlib.step import compile_model, compute_dtype, evaluate, pick_device, train_step
+from llmlib.step import (
+    Group,
+    compile_model,
+    compute_dtype,
+    evaluate,
+    pick_device,
+    train_step,
+)
 
 MAX_BAD_STEPS = 3  # steps in a row that are not finite before the run goes back
 MAX_ROLLBACKS = 2  # times it goes back before it gives up
+UNCOMPILED_SLOWDOWN = 2.0  # what a step is expected to take then, until it is measured
 RETRY_SECONDS = 60.0  # until a checkpoint that could not be saved is tried again
 
 
@@ -47,52 +58,21 @@ class Diverged(Exception):
     """The run met losses that are not finite, and going back did not cure it."""
 
 
-@dataclass(frozen=True)
-class Group:
-    """The processes of a run; one process is its own group."""
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-
-    @staticmethod
-    def join() -> Group:
-        """Join the group that torchrun started, if it did."""
-        if not dist.is_torchelastic_launched():
-            return Group()
-        local_rank = int(os.environ["LOCAL_RANK"])
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        return Group(dist.get_rank(), dist.get_world_size(), local_rank)
-
-    def follow_rank_0(self, values: list[float]) -> list[float]:
-        """Let rank 0 decide for all."""
-        if self.size == 1:
-            return values
-        decision = torch.tensor(values, dtype=torch.float64)
-        dist.broadcast(decision, src=0)
-        return decision.tolist()
-
-    def wait(self) -> None:
-        """Wait until every process is here."""
-        if self.size > 1:
-            dist.barrier()
-
-
 @dataclass
 class Progress:
     """What a checkpoint brings back beside weights and optimizer."""
 
+    micro_batch: int  # sequences, smaller than the config's after running out of memory
+    val_sha256: str  # of the validation windows
     step: int = 0  # optimizer steps taken
     data_step: int = 0  # batches drawn: never goes back, so no data is met twice after trouble
     n_skipped: int = 0
     n_rollbacks: int = 0
     n_evals: int = 0  # validations that were due
-    val_loss: float | None = None  # at this very step, if it was measured
+    val_loss: float | None = None  # at this very step, if it is the best yet
     best_val_loss: float | None = None
-    micro_batch: int = 0  # sequences, smaller than the config's after running out of memory
-    step_seconds: float = 0.0  # what a step took
+    step_seconds: float = 0.0  # what a step takes
+    compile_seconds: float = 0.0  # what the first step took beyond that
     is_over: bool = False  # the last step was taken
     seconds: dict[str, float] = field(default_factory=dict)  # the ledger
 
@@ -113,26 +93,22 @@ class Trainer:
         self.path, self.model_config, self.config = path, model_config, config
         self.group = group or Group()
         self._open_data(tokens)
+        self.budget = Budget(config, self.tokens_per_step)
+        self._lr_at(0.0)  # an unknown schedule is refused now
         self.device = pick_device(self.group.local_rank)
         self.dtype = compute_dtype(self.device)
-        self.model = build_model(model_config, seed=config.seed).to(self.device)
+        self.model = self.fast_model = build_model(model_config, seed=config.seed).to(self.device)
         self.optimizer = build_optimizer(self.model, config)
         torch.manual_seed(config.seed)
-        self.fast_model = compile_model(self.model, self.device) if config.compile else self.model
-        if self.group.size > 1:
-            self.fast_model = DistributedDataParallel(self.fast_model)
+        if peak_flops_per_s is None and self.device.type == "cuda":
+            peak_flops_per_s = datasheet_peak(torch.cuda.get_device_name(self.device))
         self.flops_per_step = flops_per_token(model_config) * self.tokens_per_step
-        peak = peak_flops_per_s
-        if peak is None and self.device.type == "cuda":
-            peak = datasheet_peak(torch.cuda.get_device_name(self.device))
-        self.peak_flops_per_s = peak and peak * self.group.size
-        self.budget = Budget(config, self.tokens_per_step)
+        self.peak_flops_per_s = peak_flops_per_s and peak_flops_per_s * self.group.size
         self.ledger = Ledger()
         self.saver = checkpoint.Saver(path / "checkpoints", config.keep_checkpoints)
-        self.bad_in_a_row = 0
+        self.n_bad_in_a_row = 0
         self.save_at = self.save_seconds = self.eval_seconds = 0.0
-        self.stop_reason: str | None = None
-        self.must_stop = lambda: None  # asked before every step: a reason, or None
+        self.must_stop: Callable[[], str | None] = lambda: None  # asked before every step
 
     def _open_data(self, tokens: Path) -> None:
         config, seq_len, size = self.config, self.model_config.seq_len, self.group.size
@@ -148,7 +124,6 @@ class Trainer:
                 f"micro_batch x grad_accum = {self.n_sequences} sequences do not divide among "
                 f"{size} processes; make it a multiple of {size}."
             )
-        self.progress = Progress(micro_batch=min(config.micro_batch, self.n_sequences // size))
         self.tokens_per_step = self.n_sequences * seq_len
         self.batches = data.Batches(
             data.open_split(tokens, "train"),
@@ -161,12 +136,14 @@ class Trainer:
         val = data.open_split(tokens, "val")
         self.windows = data.eval_windows(val, seq_len, config.eval_sequences)
         self.all_windows = data.eval_windows(val, seq_len)
+        self.progress = Progress(config.micro_batch, _sha256(self.windows))
 
     # ------------------------------------------------------------------ the algorithm
 
     def run(self) -> dict[str, Any]:
         """Train until the budget is spent and return the result."""
-        self._resume_or_begin()
+        self._begin_or_resume()
+        self.fast_model = self._speed_up()
         batches = data.prefetch(
             self.batches,
             self.progress.data_step,
@@ -175,92 +152,101 @@ class Trainer:
             world_size=self.group.size,
         )
         self.ledger.start()
-        n_taken = 0
-        while (plan := self._plan()) is not None:
-            loss, norm = self._step(*next(batches), plan)
-            n_taken += 1
-            self._book_step(n_taken)
-            if not np.isfinite([loss, norm]).all():
-                self._skip_or_go_back(loss, norm)
-                continue
-            if n_taken == 1:
-                self._check_gradients()
-            self.bad_in_a_row = 0
-            self.progress.step += 1
-            self.progress.val_loss = None
-            self.progress.is_over = plan.is_last
-            if self.group.rank == 0:
-                self._log_step(plan, loss, norm)
-                self._save_if_due(has_improved=self._validate_if_due(plan))
+        beating = heartbeat(self.ledger, self.path / "heartbeat")
+        with beating if self.group.leads else contextlib.nullcontext():
+            n_taken = 0
+            while (plan := self._plan()) is not None:
+                loss, norm = self._step(*next(batches), plan)
+                n_taken += 1
+                seconds = self._book_step(n_taken)
+                if n_taken == 1:
+                    self._check_gradients()
+                if not np.isfinite([loss, norm]).all():
+                    self._skip_or_go_back(loss, norm)
+                    continue
+                self.n_bad_in_a_row = 0
+                self.progress.step += 1
+                self.progress.is_over = plan.is_last
+                if self.group.leads:
+                    self._log_step(plan, loss, norm, seconds)
+                    self._save_if_due(has_improved=self._validate_if_due(plan))
         return self._finish()
 
     def _plan(self) -> Plan | None:
-        """Ask rank 0 what the next step is; all processes get the same answer."""
-        plan = self.budget.plan(self.progress.step, self.ledger.total)
-        if self.progress.is_over or plan is None:
-            plan = Plan(1.0, True)
-            goes_on = False
-        else:
-            goes_on = True
-        reason = self.must_stop()
-        answer = [goes_on, plan.progress, plan.is_last, goes_on and reason is not None]
-        goes_on, progress, is_last, stops = self.group.follow_rank_0([float(x) for x in answer])
+        """Take from the leader what the next step is: None when the budget is spent."""
+        plan = None if self.progress.is_over else self.budget.plan(self.progress.step, self.ledger)
+        reason = self.must_stop() if plan else None
+        mine = (plan.progress, plan.is_last, reason is not None) if plan else (-1.0, True, False)
+        progress, is_last, stops = self.group.follow_leader(*mine)
         if stops:
-            if self.group.rank == 0:
-                self._save()
-                self.saver.wait()
-            raise Stopped(
-                f"{reason or 'rank 0 was asked to stop'}; saved at step {self.progress.step}. "
-                "Run the same command again to go on."
-            )
-        return Plan(progress, bool(is_last)) if goes_on else None
+            self._stop(reason or "the leading process was asked to stop")
+        return None if progress < 0 else Plan(progress, bool(is_last))
+
+    def _stop(self, reason: str) -> NoReturn:
+        failure = self._save_now() if self.group.leads else None
+        self.ledger.book("checkpoint")
+        self.group.wait_for_leader()  # whoever leaves first ends the job
+        saved = f"stopped, but {_not_saved(failure)}" if failure else "saved and stopped"
+        raise Stopped(
+            f"{reason}: {saved} at step {self.progress.step}. Run the same command again to go on."
+        )
+
+    def _lr_at(self, progress: float) -> float:
+        config = self.config
+        return config.lr * lr_multiplier(config.schedule, progress, config.warmup, config.final_lr)
 
     def _step(self, inputs: Tensor, targets: Tensor, plan: Plan) -> tuple[float, float]:
-        config = self.config
         self.progress.data_step += 1
-        multiplier = lr_multiplier(config.schedule, plan.progress, config.warmup, config.final_lr)
         while True:
-            try:
+            # Tried again outside of the handler, which keeps what did not fit alive.
+            with contextlib.suppress(torch.OutOfMemoryError):
                 return train_step(
                     self.fast_model,
                     self.optimizer,
                     inputs,
                     targets,
-                    micro_batch=self.progress.micro_batch,
-                    lr=config.lr * multiplier,
-                    grad_clip=config.grad_clip,
+                    micro_batch=self.micro_batch,
+                    lr=self._lr_at(plan.progress),
+                    grad_clip=self.config.grad_clip,
                     dtype=self.dtype,
                 )
-            except torch.OutOfMemoryError as error:
-                self._halve_micro_batch(error)
+            self._halve_micro_batch()
 
-    def _halve_micro_batch(self, error: Exception) -> None:
-        micro_batch = self.progress.micro_batch
-        if micro_batch == 1 or self.group.size > 1:
+    @property
+    def micro_batch(self) -> int:
+        """Sequences per forward pass in each process."""
+        return min(self.progress.micro_batch, self.n_sequences // self.group.size)
+
+    def _halve_micro_batch(self) -> None:
+        if self.micro_batch == 1 or self.group.size > 1:  # the others would wait for ever
             raise ValueError(
-                f"micro_batch={micro_batch} does not fit into this device's memory; "
+                f"micro_batch={self.micro_batch} does not fit into this device's memory; "
                 "choose a smaller micro_batch, seq_len or model."
-            ) from error
-        self.progress.micro_batch = -(-micro_batch // 2)
+            )
+        self.progress.micro_batch = -(-self.micro_batch // 2)
         self.optimizer.zero_grad(set_to_none=True)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
         self._event(
-            f"out of memory: micro_batch is now {self.progress.micro_batch}, "
+            f"out of memory: micro_batch is now {self.micro_batch}, "
             f"tokens per step stay {self.tokens_per_step}"
         )
 
-    def _book_step(self, n_taken: int) -> None:
+    def _book_step(self, n_taken: int) -> float:
         """Book a step; what the first took beyond the second was compilation and warm-up."""
-        seconds = self.ledger.book("compile" if n_taken == 1 else "training")
+        progress = self.progress
+        if n_taken == 1:
+            self.first_seconds = self.ledger.book("compile")
+            self.budget.compile_seconds = 0.0
+            return self.first_seconds
+        progress.step_seconds = self.ledger.book("training")
+        self.budget.observe(progress.step_seconds)
         if n_taken == 2:
-            moved = min(seconds, self.ledger.seconds["compile"])
-            self.ledger.seconds["compile"] -= moved
-            self.ledger.seconds["training"] += moved
-        if n_taken > 1:
-            self.budget.observe(seconds)
-        self.progress.step_seconds = seconds
-        self._heartbeat()
+            usual = min(progress.step_seconds, self.first_seconds)
+            self.ledger.move(usual, "compile", "training")
+            extra = self.first_seconds - usual
+            progress.compile_seconds = max(progress.compile_seconds, extra)
+        return progress.step_seconds
 
     def _check_gradients(self) -> None:
         missing = [name for name, p in self.model.named_parameters() if p.grad is None]
@@ -269,58 +255,67 @@ class Trainer:
     def _skip_or_go_back(self, loss: float, norm: float) -> None:
         """Skip a step that is not finite; after several in a row, go back with other data ahead."""
         self.progress.n_skipped += 1
-        self.bad_in_a_row += 1
+        self.n_bad_in_a_row += 1
         self._event(f"step skipped: loss {loss}, gradient norm {norm}")
-        if self.bad_in_a_row < MAX_BAD_STEPS:
+        if self.n_bad_in_a_row < MAX_BAD_STEPS:
             return
-        if self.progress.n_rollbacks == MAX_ROLLBACKS:
-            raise Diverged(
-                f"losses at step {self.progress.step} are not finite even after going back "
-                f"{MAX_ROLLBACKS} times; the last good checkpoint is kept. Lower lr (now "
-                f"{self.config.lr}) or look at the data around this step."
-            )
         self.saver.wait()
-        self.group.wait()
-        now = self.progress
-        self.progress = self._load(checkpoint.newest_valid(self.saver.folder))
-        self.progress.data_step, self.progress.n_skipped = now.data_step, now.n_skipped
-        self.progress.n_rollbacks = now.n_rollbacks + 1
-        self.bad_in_a_row = 0
-        lost = self.ledger.lose_training_since(self.progress.seconds)
-        self._event(f"went back to step {self.progress.step}: {lost:.1f} s of training are lost")
+        self.group.wait_for_leader()  # it has finished writing
+        newest = checkpoint.newest_valid(self.saver.folder)
+        if self.progress.n_rollbacks == MAX_ROLLBACKS or newest is None:
+            raise Diverged(
+                f"losses at step {self.progress.step} are not finite, even after going back "
+                f"{self.progress.n_rollbacks} times; the last good checkpoint is kept. Lower lr "
+                f"(now {self.config.lr}) or look at the data around this step."
+            )
+        self.progress = replace(
+            self._load(newest),
+            data_step=self.progress.data_step,
+            micro_batch=self.progress.micro_batch,
+            n_skipped=self.progress.n_skipped,
+            n_rollbacks=self.progress.n_rollbacks + 1,
+        )
+        self.n_bad_in_a_row = 0
+        self._go_back()
 
     def _validate_if_due(self, plan: Plan) -> bool:
-        """Validate at even shares of the budget, if that fits; say whether the loss is the best yet.
+        """Validate at even shares of the budget, or as soon after as it fits; say if it is the best.
 
         The last validation is left to ``_finish``, which uses the whole split off the clock.
         """
+        progress = self.progress
+        progress.val_loss = None
         due = int(plan.progress * self.config.n_evals)
         guess = 0.5 * self.budget.step_seconds * len(self.windows) / self.n_sequences
-        fits = self.budget.fits(self.ledger.total, self.eval_seconds or guess)
-        if plan.is_last or due <= self.progress.n_evals or not fits:
+        fits = self.budget.fits(self.ledger, self.eval_seconds or guess)
+        if plan.is_last or due <= progress.n_evals or not fits:
             return False
-        self.progress.n_evals = due
         result = evaluate(self.model, self.windows, self.device, self.dtype)
-        self.eval_seconds = self._book("validation")
-        self._log(kind="eval", val_loss=result["loss"], val_accuracy=result["accuracy"])
-        best = self.progress.best_val_loss
-        self.progress.val_loss = result["loss"]
-        self.progress.best_val_loss = min(result["loss"], best or np.inf)
-        return best is None or result["loss"] < best
+        self.eval_seconds = self.ledger.book("validation")
+        self._log("eval", val_loss=result["loss"], val_accuracy=result["accuracy"])
+        progress.n_evals = due
+        has_improved = result["loss"] < (progress.best_val_loss or np.inf)
+        if has_improved:
+            progress.val_loss = progress.best_val_loss = result["loss"]
+        return has_improved
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate on the whole validation split, off the clock, and write weights and result."""
         result: dict[str, Any] = {}
-        if self.group.rank == 0:
-            self._save()
-            self.saver.wait()
-            final = evaluate(self.model, self.all_windows, self.device, self.dtype)
-            result = self._result(final)
+        self.progress.is_over = True
+        if self.group.leads:
+            while failure := self._save_now():
+                self._event(f"{_not_saved(failure)}; the run is over and waits for it")
+                if reason := self.must_stop():
+                    raise Stopped(f"{reason}: the end of the run could not be saved ({failure}).")
+                time.sleep(RETRY_SECONDS)
+            result = self._result(evaluate(self.model, self.all_windows, self.device, self.dtype))
             temporary = self.path / ".model.safetensors.tmp"
             save_file(self.model.state_dict(), temporary)
+            checkpoint.sync(temporary)
             os.replace(temporary, self.path / "model.safetensors")
             runs.write_json(self.path / "training.json", result)
-        self.group.wait()
+        self.group.wait_for_leader()
         return result
 
     def _result(self, final: dict[str, Any]) -> dict[str, Any]:
@@ -340,126 +335,178 @@ class Trainer:
             "seconds": self.ledger.seconds,
             "n_skipped": self.progress.n_skipped,
             "n_rollbacks": self.progress.n_rollbacks,
-            "micro_batch": self.progress.micro_batch,
+            "micro_batch": self.micro_batch,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "is_compiled": self.fast_model is not self.model,
+            "is_compiled": self.is_compiled,
             "n_processes": self.group.size,
-            "val_sha256": hashlib.sha256(self.all_windows.tobytes()).hexdigest(),
+            "val_sha256": _sha256(self.all_windows),
         }
 
     # ------------------------------------------------------------------ saving and resuming
 
-    def _resume_or_begin(self) -> None:
+    def _begin_or_resume(self) -> None:
         newest = checkpoint.newest_valid(self.saver.folder)
-        if newest is None:
-            if self.group.rank == 0:
-                self._keep_metrics(up_to=-1)
-                self._save()
-                self.saver.wait()
-        else:
+        if newest is not None:
             self.progress = self._load(newest)
-            self.ledger = Ledger(self._last_heartbeat() or self.progress.seconds)
-            lost = self.ledger.lose_training_since(self.progress.seconds)
-            self.budget.observe(self.progress.step_seconds)
-            if self.group.rank == 0:
-                self._keep_metrics(up_to=self.progress.step)
-                self._event(f"resumed at step {self.progress.step}: {lost:.1f} s of training lost")
-        self.group.wait()
+            spent = {} if self.progress.is_over else last_heartbeat(self.path / "heartbeat")
+            self.ledger = Ledger(spent or self.progress.seconds)
+            self._go_back()
+        elif self.group.leads:
+            self._keep_metrics(up_to=-1)
+            if failure := self._save_now():
+                raise ValueError(f"{_not_saved(failure)}; free some space and run again.")
+            self.ledger = Ledger()
+        self.group.wait_for_leader()
         self.save_at = self.ledger.total + 60 * self.config.checkpoint_minutes
-        self._event(f"validation set sha256 {hashlib.sha256(self.windows.tobytes()).hexdigest()}")
+        self._event(f"validation set sha256 {self.progress.val_sha256}")
 
     def _load(self, path: Path) -> Progress:
-        state = checkpoint.restore(self.model, self.optimizer, path)
-        return Progress(**{k: v for k, v in state.items() if k != "sha256"})
+        progress = Progress(**checkpoint.restore(self.model, self.optimizer, path))
+        if progress.val_sha256 != self.progress.val_sha256:
+            raise ValueError(
+                f"the validation set is not the one that run {self.path.name} began with; give "
+                "the tokens that it began with, or start another run."
+            )
+        return progress
+
+    def _go_back(self) -> None:
+        """Book training since the loaded checkpoint as lost and drop its metrics."""
+        self.ledger.book("lost")
+        before, now = self.progress.seconds, self.ledger.seconds
+        self.ledger.move(max(0.0, now["training"] - before["training"]), "training", "lost")
+        if self.group.leads:
+            self._keep_metrics(up_to=self.progress.step)
+        lost = now["lost"] - before["lost"]
+        self._event(f"went back to step {self.progress.step}: {lost:.1f} s since then are lost")
+
+    def _speed_up(self) -> nn.Module:
+        """Compile, if that leaves room for a step, and spread over the processes."""
+        step_seconds, compile_seconds = self.progress.step_seconds, self.progress.compile_seconds
+        fits = self.budget.fits(self.ledger, compile_seconds + step_seconds)
+        [compiles] = self.group.follow_leader(self.config.compile and fits)
+        model = compile_model(self.model, self.device) if compiles else self.model
+        if compiles:
+            self.budget.compile_seconds = compile_seconds
+        elif self.config.compile:
+            self._event("too little time is left for compiling: going on without")
+            step_seconds *= UNCOMPILED_SLOWDOWN
+        if step_seconds:
+            self.budget.observe(step_seconds)
+        self.is_compiled = model is not self.model
+        return self.group.share(model)
 
     def _save_if_due(self, has_improved: bool) -> None:
-        """Save at the best validation losses and at fixed times, if that fits the budget."""
-        self.saver.poll()
-        if self.saver.failed and self.save_at > self.ledger.total + RETRY_SECONDS:
+        """Save at the best validation losses and at fixed times, or as soon after as it fits."""
+        if failure := self.saver.take_failure():
+            self._event(f"{_not_saved(failure)}; training goes on and tries again in a minute")
             self.save_at = self.ledger.total + RETRY_SECONDS
         is_due = has_improved or self.ledger.total >= self.save_at
-        if is_due and self.budget.fits(self.ledger.total, self.save_seconds):
+        if is_due and self.budget.fits(self.ledger, self.save_seconds):
             self._save()
+            self.save_seconds = self.ledger.book("checkpoint")
 
     def _save(self) -> None:
-        self._book("training")
         self.progress.seconds = dict(self.ledger.seconds)
         self.saver.save(self.model, self.optimizer, asdict(self.progress))
-        self.save_seconds = self._book("checkpoint")
         self.save_at = self.ledger.total + 60 * self.config.checkpoint_minutes
 
-    def _book(self, kind: str) -> float:
-        seconds = self.ledger.book(kind)
-        self._heartbeat()
-        return seconds
-
-    def _heartbeat(self) -> None:
-        """Note the ledger after every step, so that a crash cannot hide time that was spent."""
-        if self.group.rank == 0:
-            with open(self.path / "heartbeat", "w") as file:
-                file.write(json.dumps(self.ledger.seconds))
-
-    def _last_heartbeat(self) -> dict[str, float] | None:
-        try:
-            seconds = json.loads((self.path / "heartbeat").read_text())
-        except (OSError, json.JSONDecodeError):
-            return None
-        return seconds if sum(seconds.values()) > sum(self.progress.seconds.values()) else None
+    def _save_now(self) -> BaseException | None:
+        """Save, wait until it is done, and return what failed."""
+        self._save()
+        self.saver.wait()
+        return self.saver.take_failure()
 
     # ------------------------------------------------------------------ the record
 
-    def _log_step(self, plan: Plan, loss: float, norm: float) -> None:
-        seconds = self.progress.step_seconds
-        left = self.budget.seconds_left(self.progress.step, self.ledger.total)
+    def _log_step(self, plan: Plan, loss: float, norm: float, seconds: float) -> None:
         self._log(
-            kind="step",
+            "step",
             progress=plan.progress,
-            lr=self.optimizer.param_groups[0]["lr"],
+            lr=self._lr_at(plan.progress),
             loss=loss,
             grad_norm=norm,
             tokens_per_s=self.tokens_per_step / seconds,
             mfu=self.peak_flops_per_s and self.flops_per_step / seconds / self.peak_flops_per_s,
-            seconds_left=left,
+            seconds_left=self.budget.seconds_left(self.progress.step, self.ledger),
         )
 
     def _event(self, text: str) -> None:
-        if self.group.rank == 0:
-            print(text, flush=True)
-            self._log(kind="event", text=text)
+        if self.group.leads:
+            with contextlib.suppress(OSError):
+                print(text, flush=True)
+            self._log("event", text=text)
 
-    def _log(self, **values: Any) -> None:
+    def _log(self, kind: str, **values: Any) -> None:
         place = {
+            "kind": kind,
             "step": self.progress.step,
             "tokens": self.progress.step * self.tokens_per_step,
             "seconds": round(self.ledger.total, 4),
         }
-        with open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps({"kind": values.pop("kind")} | place | values) + "\n")
+        with contextlib.suppress(OSError), open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(place | values) + "\n")  # a full disk must not end the run
 
     def _keep_metrics(self, up_to: int) -> None:
-        """Drop lines of steps that will be taken again."""
+        """Drop steps and validations that will be met again, and half-written lines."""
         path = self.path / "metrics.jsonl"
-        rows = runs.read_metrics(self.path).to_dict("records") if path.exists() else []
-        kept = [row for row in rows if row["step"] <= up_to]
-        lines = [json.dumps({k: v for k, v in row.items() if v == v}) for row in kept]
-        runs.write_atomic(path, "".join(line + "\n" for line in lines))
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            with contextlib.suppress(json.JSONDecodeError):
+                row = json.loads(line)
+                if row["kind"] == "event" or row["step"] <= up_to:
+                    kept.append(line + "\n")
+        runs.write_atomic(path, "".join(kept))
+
+
+def _sha256(windows: np.ndarray) -> str:
+    return hashlib.sha256(windows.tobytes()).hexdigest()
+
+
+def _not_saved(failure: BaseException) -> str:
+    return f"the checkpoint could not be saved ({failure}; is the disk full?)"
 
 
 # ------------------------------------------------------------------------- as a program
 
 
-def stop_reason(is_supervised: bool):
+def watch(is_supervised: bool) -> Callable[[], str | None]:
     """Watch for signals and, if supervised, for the end of the supervisor's pipe on stdin."""
     reasons: list[str] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda n, _: reasons.append(f"received {signal.Signals(n).name}"))
 
-    def ask() -> str | None:
-        if is_supervised and select.select([sys.stdin], [], [], 0)[0] and not reasons:
+    def reason() -> str | None:
+        if is_supervised and select.select([sys.stdin], [], [], 0)[0]:
             reasons.append("the supervising process is gone")
         return reasons[0] if reasons else None
 
-    return ask
+    return reason
+
+
+def read_config(run: Path) -> tuple[ModelConfig, TrainConfig]:
+    """Read what the run in a folder is made of."""
+    try:
+        config = runs.read_json(run / "config.json")
+        return ModelConfig(**config["model"]), TrainConfig(**config["train"])
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{run / 'config.json'} is missing or not a run's config ({error}); 05_full_run writes one."
+        ) from error
+
+
+@contextlib.contextmanager
+def lock(run: Path, group: Group) -> Iterator[None]:
+    """Own the run's folder as a group, or refuse in all its processes."""
+    refusal: runs.Locked | None = None
+    with contextlib.ExitStack() as stack:
+        if group.leads:
+            try:
+                stack.enter_context(runs.lock(run))
+            except runs.Locked as error:
+                refusal = error
+        if any(group.follow_leader(refusal is not None)):
+            raise refusal or runs.Locked("the leading process was refused.")
+        yield
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -470,25 +517,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peak-flops", type=float, help="the device's peak for MFU [FLOP/s]")
     parser.add_argument("--supervised", action="store_true", help="stop when stdin is closed")
     options = parser.parse_args(arguments)
-    must_stop = stop_reason(options.supervised)
+    must_stop = watch(options.supervised)
     torch.set_float32_matmul_precision("high")
     group = Group.join()
     try:
-        if not (options.run / "config.json").exists():
-            raise ValueError(f"{options.run} has no config.json; 05_full_run writes one.")
-        config = runs.read_json(options.run / "config.json")
-        with runs.lock(options.run) if group.rank == 0 else open(os.devnull):
+        model_config, config = read_config(options.run)
+        with lock(options.run, group):
+            if (options.run / "training.json").exists():
+                return 0
             trainer = Trainer(
                 options.run,
-                ModelConfig(**config["model"]),
-                TrainConfig(**config["train"]),
+                model_config,
+                config,
                 options.tokens,
                 group=group,
                 peak_flops_per_s=options.peak_flops,
             )
+            if group.leads and not (options.run / "environment.json").exists():
+                runs.write_json(options.run / "environment.json", runs.environment())
             trainer.must_stop = must_stop
-            if not (options.run / "training.json").exists():
-                trainer.run()
+            trainer.run()
         return 0
     except Stopped as stopped:
         print(stopped, flush=True)
@@ -499,9 +547,20 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, runs.Locked) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except RuntimeError as error:
+        if group.size == 1:
+            raise
+        traceback.print_exc()
+        print(
+            f"error: process {group.rank} of {group.size} cannot go on: {error!s:.200} "
+            "If another one died, its message is above. The last checkpoint is kept: run the same "
+            "command again to go on.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        group.leave()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,167 @@
+"""Reading text from wherever it comes, whole or damaged."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from llmlib import corpus
+from llmlib.config import DataConfig
+from llmlib.corpus import count_documents, open_corpus, read_documents
+from llmlib.tests.hub_server import parquet, texts, write_corpus
+
+
+def _read(path: Path | str) -> list[corpus.Document]:
+    shards = open_corpus(DataConfig(corpus=str(path))).train
+    return [document for shard in shards for document in read_documents(shard)]
+
+
+def test_folder_in_the_hubs_layout_reads_as_datasets_reads_it(tmp_path: Path) -> None:
+    import datasets
+
+    write_corpus(tmp_path / "hub", n_shards=3, n_documents=150)
+    opened = open_corpus(DataConfig(corpus=str(tmp_path / "hub")))
+    expected = datasets.load_dataset(str(tmp_path / "hub"), cache_dir=str(tmp_path / "cache"))
+    assert opened.n_documents == 450
+    for split, shards in {"train": opened.train, **opened.official}.items():
+        documents = [document for shard in shards for document in read_documents(shard)]
+        assert [d.text for d in documents] == list(expected[split]["text"])
+        assert [d.domain for d in documents] == [
+            meta["redpajama_set_name"] for meta in expected[split]["meta"]
+        ]
+        assert [d.n_bytes for d in documents] == [len(d.text.encode()) for d in documents]
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_single_file_is_a_corpus(tmp_path: Path, suffix: str) -> None:
+    path, expected = tmp_path / f"my.{suffix}", texts(100, seed=0)
+    if suffix == "parquet":
+        path.write_bytes(parquet(expected))
+    else:
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in expected))
+    assert [document.text for document in _read(path)] == expected
+    assert count_documents(open_corpus(DataConfig(corpus=str(path)))) == 100
+
+
+def test_lone_text_file_is_cut_at_blank_lines_without_loss(tmp_path: Path) -> None:
+    text = "\n\n".join(texts(300, seed=0))
+    (tmp_path / "book.txt").write_text(text)
+    pieces = [document.text for document in _read(tmp_path / "book.txt")]
+    assert "".join(pieces) == text
+    assert all(piece.endswith("\n\n") for piece in pieces[:-1])
+    assert min(len(p.encode()) for p in pieces[:-1]) >= corpus.PIECE_BYTES
+
+
+def test_text_files_of_a_folder_are_documents_with_their_folder_as_domain(tmp_path: Path) -> None:
+    for name in ("a/1.txt", "a/2.txt", "b/3.txt", "4.txt", ".git/no.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    found = {document.text: document.domain for document in _read(tmp_path)}
+    assert found == {"a/1.txt": "a", "a/2.txt": "a", "b/3.txt": "b", "4.txt": "top level"}
+
+
+def test_standard_library_is_python_sources_without_tests() -> None:
+    opened = open_corpus(DataConfig(corpus="stdlib"))
+    paths = [path for shard in opened.train for path, _ in shard.files]
+    assert len(paths) == opened.n_documents > 300
+    assert all(path.endswith(".py") and "/tests/" not in path for path in paths)
+
+
+def test_missing_path_is_named() -> None:
+    with pytest.raises(ValueError, match=r"corpus='no/such/folder' does not exist; give a file"):
+        open_corpus(DataConfig(corpus="no/such/folder"))
+
+
+def test_folder_without_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no text"):
+        open_corpus(DataConfig(corpus=str(tmp_path)))
+
+
+def test_corpus_without_a_train_split_lists_its_splits(tmp_path: Path) -> None:
+    (tmp_path / "validation-00000.parquet").write_bytes(parquet(texts(5, seed=0)))
+    with pytest.raises(ValueError, match=r"no train split; its splits: \['validation'\]"):
+        open_corpus(DataConfig(corpus=str(tmp_path)))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_corpus_without_a_text_column_lists_its_columns(tmp_path: Path, suffix: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = tmp_path / f"my.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.table({"content": ["a"], "id": [1]}), path)
+    else:
+        path.write_text('{"content": "a", "id": 1}\n')
+    with pytest.raises(ValueError, match=r"no 'text' column \(it has content, id\); rename"):
+        _read(path)
+
+
+@pytest.mark.parametrize("suffix", ["txt", "parquet", "jsonl"])
+def test_invalid_utf8_is_replaced_and_marked(tmp_path: Path, suffix: str) -> None:
+    path, bad = tmp_path / f"my.{suffix}", b"good \xff\xfe bad"
+    if suffix == "parquet":
+        path.write_bytes(parquet(["fine", bad]))
+    else:
+        path.write_bytes(b'{"text": "' + bad + b'"}\n' if suffix == "jsonl" else bad)
+    document = _read(path)[-1]
+    assert document.text == "good \ufffd\ufffd bad"
+    assert not document.is_valid
+
+
+def test_null_and_empty_documents_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "my.parquet").write_bytes(parquet(["a", None, "", "b"]))
+    assert [document.text for document in _read(tmp_path / "my.parquet")] == ["a", None, "", "b"]
+
+
+@pytest.mark.parametrize("place", ["footer", "page"])
+def test_corrupt_parquet_file_is_named(tmp_path: Path, place: str) -> None:
+    data = bytearray(parquet(texts(500, seed=0)))
+    where = slice(-40, -8) if place == "footer" else slice(100, 1000)
+    data[where] = bytes(where.stop - where.start)
+    (tmp_path / "bad.parquet").write_bytes(data)
+    with pytest.raises(ValueError, match=r"shard train-00000 \(.*bad\.parquet\) could not be read"):
+        _read(tmp_path / "bad.parquet")
+
+
+def test_json_that_is_not_json_is_named(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    with pytest.raises(ValueError, match=r"shard train-00000 \(.*bad\.jsonl\) could not be read"):
+        _read(tmp_path / "bad.jsonl")
+
+
+READ_ALL = """
+import resource, sys
+from llmlib import corpus
+read = lambda path: sum(len(row[0]) for row in corpus.read_rows(corpus.Shard("x", path, "parquet")))
+read(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(read(sys.argv[2]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+def test_one_huge_row_group_takes_no_more_memory_than_small_ones(tmp_path: Path) -> None:
+    document = "".join(texts(200, seed=0))[:50_000]
+    (tmp_path / "small.parquet").write_bytes(parquet([document] * 100, row_group_size=10))
+    many = [f"{i} {document[i % 100 :]}" for i in range(3000)]
+    (tmp_path / "huge.parquet").write_bytes(parquet(many, row_group_size=3000))
+    out = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            READ_ALL,
+            str(tmp_path / "small.parquet"),
+            str(tmp_path / "huge.parquet"),
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    n_bytes, more_kib = map(int, out.stdout.split())
+    assert n_bytes > 145e6
+    assert more_kib < 60_000

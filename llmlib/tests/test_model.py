@@ -1,0 +1,148 @@
+import math
+
+import pytest
+import torch
+import transformers
+
+from llmlib.config import gpt2_config, llama_config
+from llmlib.model import build_model, rope_tables, rotate
+
+LLAMA = llama_config(3, 64, d_head=16, vocab_size=320, seq_len=48)
+GPT2 = gpt2_config(n_layer=3, d_model=64, n_head=4, vocab_size=320, seq_len=48)
+
+
+@pytest.fixture(params=[LLAMA, GPT2], ids=lambda c: c.arch)
+def model(request):
+    return build_model(request.param, seed=1)
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(320, (2, 48), generator=torch.Generator().manual_seed(0))
+
+
+def larger_weights(model):
+    """Scale the small initial weights up, so that a wrong detail shows in the logits."""
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(4.0) if param.dim() >= 2 else param.add_(0.3 * torch.randn_like(param))
+    return model
+
+
+@torch.no_grad()
+def test_llama_logits_equal_transformers(tokens):
+    ours = larger_weights(build_model(LLAMA))
+    theirs = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=320,
+            hidden_size=64,
+            intermediate_size=LLAMA.d_ff,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            rms_norm_eps=LLAMA.norm_eps,
+            rope_theta=LLAMA.rope_theta,
+            tie_word_embeddings=True,
+            max_position_embeddings=48,
+        )
+    ).eval()
+    missing = theirs.load_state_dict(
+        {f"model.{k}": v for k, v in ours.state_dict().items()}, strict=False
+    )
+    assert missing.missing_keys == ["lm_head.weight"]  # tied
+    theirs.tie_weights()
+    assert not missing.unexpected_keys
+    assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_gpt2_logits_equal_transformers(tokens):
+    ours = larger_weights(build_model(GPT2))
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=320, n_positions=48, n_embd=64, n_layer=3, n_head=4)
+    ).eval()
+    weights = {
+        "wte.weight": ours.embed_tokens.weight,
+        "wpe.weight": ours.embed_positions.weight,
+        "ln_f.weight": ours.norm.weight,
+    }
+    for i, layer in enumerate(ours.layers):
+        weights |= {
+            f"h.{i}.ln_1.weight": layer.ln_1.weight,
+            f"h.{i}.ln_2.weight": layer.ln_2.weight,
+            f"h.{i}.attn.c_attn.weight": layer.qkv_proj.weight.T,
+            f"h.{i}.attn.c_proj.weight": layer.o_proj.weight.T,
+            f"h.{i}.mlp.c_fc.weight": layer.up_proj.weight.T,
+            f"h.{i}.mlp.c_proj.weight": layer.down_proj.weight.T,
+        }
+    for name, param in theirs.transformer.named_parameters():
+        param.copy_(weights[name]) if name in weights else param.zero_()  # we have no biases
+    assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+
+
+def test_real_rope_equals_the_complex_formulation():
+    seq_len, d_head = 40, 16
+    x = torch.randn(2, 3, seq_len, d_head, dtype=torch.float64)
+    pairs = torch.complex(*x.chunk(2, dim=-1))
+    frequency = 10_000.0 ** -(torch.arange(0, d_head, 2, dtype=torch.float64) / d_head)
+    turned = pairs * torch.polar(
+        torch.ones(seq_len, d_head // 2, dtype=torch.float64),
+        torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency),
+    )
+    expected = torch.cat((turned.real, turned.imag), dim=-1)
+    cos, sin = rope_tables(seq_len, d_head, 10_000.0)
+    assert torch.allclose(rotate(x, cos.double(), sin.double()), expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_no_token_sees_the_future(model, tokens):
+    larger_weights(model)
+    changed = tokens.clone()
+    changed[:, 20:] = (changed[:, 20:] + 1) % 320
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.allclose(before[:, 20:], after[:, 20:])
+
+
+@torch.no_grad()
+def test_loss_is_the_mean_cross_entropy_of_the_logits(model, tokens):
+    targets = tokens.roll(-1, 1)
+    chances = torch.log_softmax(model(tokens), -1).gather(-1, targets[..., None])
+    assert model(tokens, targets).item() == pytest.approx(-chances.mean().item(), rel=1e-5)
+
+
+def test_initial_weights_follow_the_recipe():
+    model = build_model(llama_config(8, 256, d_head=64, vocab_size=2048, seq_len=16))
+    residual = 0.02 / math.sqrt(2 * 8)
+    for name, param in model.named_parameters():
+        if param.dim() < 2:
+            assert (param == 1).all(), name
+        else:
+            expected = residual if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+            assert param.std().item() == pytest.approx(expected, rel=0.02), name
+
+
+def test_same_seed_gives_the_same_weights_and_leaves_the_rng_alone():
+    torch.manual_seed(7)
+    expected = torch.rand(1)
+    torch.manual_seed(7)
+    first, second, other = (build_model(LLAMA, seed=s) for s in (3, 3, 4))
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(first.embed_tokens.weight, second.embed_tokens.weight)
+    assert not torch.equal(first.embed_tokens.weight, other.embed_tokens.weight)
+
+
+def test_model_compiles_without_graph_breaks(model, tokens):
+    """``backend="eager"`` traces the whole graph and generates no code: fast, and as strict."""
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
+    assert compiled(tokens, tokens).item() == pytest.approx(model(tokens, tokens).item(), rel=1e-6)
+    explained = torch._dynamo.explain(model)(tokens, tokens)
+    assert explained.graph_break_count == 0
+    assert explained.graph_count == 1
+
+
+@torch.no_grad()
+def test_norm_statistics_are_fp32_under_bf16(tokens):
+    norm = build_model(LLAMA).norm
+    x = (300 * torch.randn(4, 64)).bfloat16()
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + LLAMA.norm_eps).sqrt()
+    assert torch.equal(norm(x).bfloat16(), exact.bfloat16())

@@ -1,0 +1,70 @@
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+
+from llmlib import plots
+
+DOMAINS = pd.DataFrame(
+    {"domain": ["a", "b"], "tokens": [9, 1], "share": [0.9, 0.1], "bytes_per_token": [3.0, 4.0]}
+)
+CURVE = pd.DataFrame(
+    {
+        "kind": ["step", "eval", "step"],
+        "step": [1, 1, 2],
+        "tokens": [10.0, 10.0, 20.0],
+        "seconds": [1.0, 1.5, 2.0],
+        "flops": [1e3, 1e3, 2e3],
+        "loss": [3.0, np.nan, 2.5],
+        "val_loss": [np.nan, 3.1, np.nan],
+        "smoothed": [3.0, np.nan, 2.8],
+    }
+)
+SPEEDS = pd.DataFrame(
+    {
+        "setting": ["ours", "plain"],
+        "tokens_per_s": [10.0, 5.0],
+        "tokens_per_s_low": [9.0, 4.0],
+        "tokens_per_s_high": [11.0, 6.0],
+        "flops_per_s": [100.0, 50.0],
+    }
+)
+SIZES = pd.DataFrame({"fit": "f", "n_params": [1e6, 1e7, 1e8], "loss": [3.2, 3.0, 3.1]})
+FIGURES = {
+    "domain_mix": lambda: plots.domain_mix(DOMAINS),
+    "document_lengths": lambda: plots.document_lengths(pd.DataFrame({"tokens": [5, 80, 900]}), 64),
+    "throughput_bars": lambda: plots.throughput_bars(SPEEDS, 200.0),
+    "predicted_loss": lambda: plots.predicted_loss(
+        SIZES, pd.DataFrame({"name": ["here"], "n_params": [2e7]}), "title"
+    ),
+    "training_curve": lambda: plots.training_curve(CURVE, pd.Series([3.0, 2.8]), 2.4),
+    "budget_bar": lambda: plots.budget_bar(
+        pd.DataFrame({"kind": ["training", "compile"], "seconds": [9.0, 1.0]})
+    ),
+    "compare_curves": lambda: plots.compare_curves({"one": CURVE, "two": CURVE}),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_axis_names_its_quantity_and_the_style_stays_ours(name):
+    before = dict(plt.rcParams)
+    figure = FIGURES[name]()
+    assert dict(plt.rcParams) == before
+    assert all(axes.get_xlabel() for axes in figure.axes)
+    assert any(axes.get_title(loc="left") for axes in figure.axes)
+
+
+def test_saved_figure_comes_with_its_data(tmp_path):
+    plots.save_figure(FIGURES["budget_bar"](), DOMAINS, tmp_path / "figures" / "x")
+    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["x.csv", "x.png", "x.svg"]
+    assert pd.read_csv(tmp_path / "figures" / "x.csv").equals(DOMAINS)
+
+
+def test_experiments_differ_without_colour():
+    looks = {(str(look["linestyle"]), look["marker"]) for look in plots.LOOKS}
+    assert len(looks) == len(plots.LOOKS)
+
+
+@pytest.mark.parametrize(("value", "text"), [(179_983_360, "180M"), (1.5e9, "1.5B"), (950, "950")])
+def test_numbers_read_short(value, text):
+    assert plots.si(value) == text

@@ -1,0 +1,88 @@
+"""The supervisor against real training processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from llmlib import runs, supervise
+from llmlib.config import PRESETS, override
+
+MODEL = PRESETS["smoke"].model
+SCRIPT = """
+import sys
+from pathlib import Path
+from llmlib.supervise import supervise
+supervise(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+
+
+def start_supervisor(run, tokens):
+    """Supervise a run from a process of its own, as a kernel does."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(run), str(tokens)], stdout=subprocess.DEVNULL
+    )
+
+
+def wait_for(condition, seconds=90):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.1)
+
+
+def steps_of(run):
+    return runs.read_metrics(run).query("kind == 'step'").step.tolist()
+
+
+def test_run_survives_its_supervisor_and_never_runs_twice(make_run, smoke_tokens, monkeypatch):
+    monkeypatch.setattr(supervise, "POLL_SECONDS", 0.1)
+    run = make_run(MODEL, override(PRESETS["smoke"].train, budget_steps=200))
+    kernel = start_supervisor(run, smoke_tokens)
+    wait_for(lambda: supervise.last_metrics(run) is not None)
+    kernel.send_signal(signal.SIGKILL)  # a kernel that died
+    kernel.wait()
+    wait_for(lambda: runs.lock_owner(run) is None)  # the run noticed, saved itself and left
+    assert "supervis" in (run / "train.log").read_text()
+    assert not (run / "training.json").exists()
+
+    other = start_supervisor(run, smoke_tokens)
+    wait_for(lambda: runs.lock_owner(run) is not None)
+    result = supervise.supervise(run, smoke_tokens)  # attaches to what is there
+    assert other.wait() == 0
+    assert result["n_steps"] == 200
+    assert steps_of(run) == list(range(1, 201))
+    log = (run / "train.log").read_text()
+    assert log.count("validation set") == 2  # begun once, resumed once, never a third
+
+
+def test_interrupting_the_cell_saves_the_run(make_run, smoke_tokens):
+    run = make_run(MODEL, override(PRESETS["smoke"].train, budget_steps=2000))
+    kernel = start_supervisor(run, smoke_tokens)
+    wait_for(lambda: supervise.last_metrics(run) is not None)
+    os.kill(kernel.pid, signal.SIGINT)
+    assert kernel.wait(timeout=60) != 0
+    assert runs.lock_owner(run) is None
+    newest = max((run / "checkpoints").iterdir(), key=lambda p: p.name)
+    assert int(newest.name) == steps_of(run)[-1]
+
+
+def test_a_readers_mistake_in_the_run_is_a_value_error_here(make_run, smoke_tokens):
+    small = override(MODEL, vocab_size=256)
+    run = make_run(small, PRESETS["smoke"].train)
+    with pytest.raises(ValueError, match="tokenizer has 512 tokens.*vocab_size is 256"):
+        supervise.supervise(run, smoke_tokens)
+
+
+def test_progress_line_tells_loss_speed_and_time_left(tmp_path):
+    assert "starting" in supervise.progress_line(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"kind": "step", "step": 7, "progress": 0.5, "loss": 2.5, "tokens_per_s": 1234.5, '
+        '"mfu": 0.41, "seconds_left": 3725.0}\n{"kind": "event", "text": "x"}\n{"kind": "st'
+    )
+    line = supervise.progress_line(tmp_path)
+    for part in ("50%", "step 7", "loss 2.500", "1,234 tokens/s", "MFU 41%", "1:02:05 left"):
+        assert part in line

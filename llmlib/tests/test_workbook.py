@@ -1,0 +1,188 @@
+"""The command line, and every notebook at smoke scale, twice."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import nbformat
+import papermill
+import pytest
+
+from llmlib import runs, workbook
+
+STEMS = ["01_data_prep", "02_throughput", "03_sizing", "05_full_run", "06_loss_curves"]
+
+
+def llmlib(*arguments, cwd=None):
+    return subprocess.run(
+        [sys.executable, "-m", "llmlib", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.fixture(scope="module")
+def workbook_run(tmp_path_factory):
+    """All notebooks at smoke scale, started from a directory that is not the repository."""
+    folder = tmp_path_factory.mktemp("runs")
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    first = llmlib("run", "--scale", "smoke", "--runs-dir", str(folder), cwd=elsewhere)
+    assert first.returncode == 0, first.stdout + first.stderr
+    return folder, first
+
+
+def test_notebooks_run_in_order_and_leave_records(workbook_run):
+    folder, first = workbook_run
+    assert [
+        line.split()[1].rstrip(":") for line in first.stdout.splitlines() if "done after" in line
+    ] == STEMS
+    for stem in STEMS:
+        record = folder / stem
+        assert {"config.json", "environment.json", "summary.json", "notebook.ipynb"} <= {
+            p.name for p in record.iterdir()
+        }
+        for figure in (record / "figures").glob("*.png"):
+            assert figure.with_suffix(".svg").exists()
+            assert figure.with_suffix(".csv").exists()
+    assert len(list(folder.glob("*/figures/*.png"))) >= 7
+    assert (folder / "05_full_run" / "model.safetensors").exists()
+
+
+def test_executed_notebooks_hold_no_path_of_this_machine(workbook_run):
+    folder, _ = workbook_run
+    for stem in STEMS:
+        notebook = nbformat.read(folder / stem / "notebook.ipynb", as_version=4)
+        notebook.metadata.papermill.parameters.pop("runs_dir")
+        for cell in notebook.cells:
+            if "injected-parameters" not in cell.metadata.get("tags", []):
+                assert str(runs.ROOT) not in json.dumps(cell)
+        assert str(runs.ROOT) not in json.dumps(notebook.metadata)
+
+
+def test_second_run_keeps_what_is_finished(workbook_run):
+    folder, _ = workbook_run
+    written = {p: p.stat().st_mtime_ns for p in folder.glob("0[1-5]*/**/*") if p.is_file()}
+    second = llmlib("run", "--scale", "smoke", "--runs-dir", str(folder))
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.count("finished earlier, kept") == 4  # 06 looks for new runs each time
+    assert {p: p.stat().st_mtime_ns for p in written} == written
+
+
+def test_plain_papermill_reloads_a_finished_record_from_any_directory(
+    workbook_run, tmp_path, monkeypatch
+):
+    folder, _ = workbook_run
+    monkeypatch.chdir(tmp_path)
+    metrics = (folder / "05_full_run" / "metrics.jsonl").read_bytes()
+    papermill.execute_notebook(
+        str(workbook.FOLDER / "05_full_run.ipynb"),
+        "out.ipynb",
+        parameters={"scale": "smoke", "runs_dir": str(folder)},
+        progress_bar=False,
+    )
+    assert (tmp_path / "out.ipynb").exists()
+    assert (folder / "05_full_run" / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_another_config_is_refused_and_overwrites_nothing(workbook_run):
+    folder, _ = workbook_run
+    before = {p: p.read_bytes() for p in (folder / "03_sizing").glob("*.*")}
+    arguments = ["--scale", "smoke", "--runs-dir", str(folder), "--only", "03_sizing"]
+    refused = llmlib("run", *arguments, "-p", "budget_hours", "7")
+    assert refused.returncode == 2
+    assert "03_sizing" in refused.stderr
+    assert "made with another config" in refused.stderr
+    assert "run_name" in refused.stderr
+    assert {p: p.read_bytes() for p in before} == before
+
+
+def test_sample_continues_a_prompt_from_a_run(workbook_run):
+    folder, _ = workbook_run
+    run = str(folder / "05_full_run")
+    first = llmlib("sample", run, "import ", "-n", "20", "--seed", "3")
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("import ")
+    assert len(first.stdout) > len("import \n")
+    assert llmlib("sample", run, "import ", "-n", "20", "--seed", "3").stdout == first.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "--scale", "huge"], ["huge", "laptop"]),
+        (["run", "--only", "09_nothing"], ["09_nothing", "03_sizing"]),
+        (["run", "-p", "learning_rate", "1"], ["learning_rate", "lr"]),
+        (["run", "--only", "05", "-p", "lr", "fast"], ["lr", "fast", "float"]),
+        (["sample", "no/such/run", "x"], ["no/such/run", "finished run"]),
+    ],
+    ids=lambda value: "-".join(value[:3]) if isinstance(value[0], str) else None,
+)
+def test_wrong_requests_end_with_status_2_and_the_remedy(arguments, words):
+    result = llmlib(*arguments)
+    assert result.returncode == 2
+    assert all(word in result.stderr for word in words), result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("only", "parameters", "words"),
+    [
+        ("01_data_prep", {"corpus": "no/such/folder/at/all"}, ["does not exist", "no/such/folder"]),
+        ("03_sizing", {}, ["run 02_throughput first"]),
+        ("05_full_run", {}, ["run 01_data_prep first"]),
+        ("06_loss_curves", {}, ["run 05_full_run first"]),
+    ],
+)
+def test_notebooks_explain_what_is_missing(tmp_path, only, parameters, words):
+    with pytest.raises(ValueError) as error:
+        workbook.run_all("smoke", only, parameters, str(tmp_path))
+    assert all(word in str(error.value) for word in [only, *words]), str(error.value)
+    assert not (tmp_path / only / "summary.json").exists()
+
+
+def test_selection_understands_names_lists_and_ranges():
+    assert workbook.select(None) == STEMS
+    assert workbook.select("03_sizing") == ["03_sizing"]
+    assert workbook.select("5,01") == ["01_data_prep", "05_full_run"]
+    assert workbook.select("02-05") == ["02_throughput", "03_sizing", "05_full_run"]
+
+
+def test_notebook_sources_are_clean_and_have_parameters():
+    for stem in STEMS:
+        notebook = nbformat.read(workbook.FOLDER / f"{stem}.ipynb", as_version=4)
+        code = [c for c in notebook.cells if c.cell_type == "code"]
+        assert not any(c.outputs or c.execution_count for c in code)
+        assert "parameters" in code[0].metadata.tags
+        assert notebook.metadata.kernelspec.name == "python3"
+        for name, parameter in workbook.notebook_parameters(stem).items():
+            assert parameter["help"], f"{stem}: {name} has no help"
+            assert parameter["inferred_type_name"] != "None", f"{stem}: {name} has no type"
+
+
+def test_an_interrupted_workbook_goes_on_where_it_stopped(tmp_path):
+    """Kill the command while 05 trains: the run saves itself, and the same command finishes it."""
+    arguments = ["run", "--scale", "smoke", "--runs-dir", str(tmp_path), "--only", "01,02,05"]
+    record = tmp_path / "05_full_run"
+    runs.write_json(tmp_path / "02_throughput" / "summary.json", {"peak_flops_per_s": 1e11})
+    arguments[-1] = "01,05"
+    arguments += ["-p", "budget_tokens", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmlib", *arguments], stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 180
+    while not (record / "heartbeat").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(2)
+    os.kill(process.pid, 9)
+    process.wait()
+    while runs.lock_owner(record) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not (record / "training.json").exists()
+    assert llmlib(*arguments).returncode == 0
+    result = runs.read_json(record / "training.json")
+    steps = runs.read_metrics(record).query("kind == 'step'").step.tolist()
+    assert steps == list(range(1, result["n_steps"] + 1))
