@@ -1,5 +1,7 @@
 """The command line: ``python -m llmlib run`` executes the workbook, ``sample`` continues a prompt.
 
+``export`` writes a run's model for Hugging Face's transformers.
+
 Exit status: 0 done, 1 a notebook failed, 2 the request was wrong, 130 interrupted.
 """
 
@@ -25,14 +27,22 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     run.add_argument("--runs-dir", default="", help="where records go (runs/local/SCALE)")
     sample = commands.add_parser("sample", help="continue a prompt from a run's weights")
-    sample.add_argument(
-        "run", help="folder of a finished run, such as runs/local/laptop/05_full_run"
-    )
+    run_help = "folder of a finished run, such as runs/local/laptop/05_full_run"
+    sample.add_argument("run", help=run_help)
     sample.add_argument("prompt")
     sample.add_argument("-n", type=int, default=200, dest="n_new", help="tokens to add at most")
     sample.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest")
     sample.add_argument("--top-k", type=int, default=50, help="choose among so many tokens")
+    sample.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        help="of these, the likeliest with this share of chances",
+    )
     sample.add_argument("--seed", type=int, default=0)
+    export = commands.add_parser("export", help="write a run's model for Hugging Face")
+    export.add_argument("run", help=run_help)
+    export.add_argument("dir", help="folder to write: new or empty")
     return parser
 
 
@@ -46,19 +56,34 @@ def command_run(options: argparse.Namespace) -> None:
 def command_sample(options: argparse.Namespace) -> None:
     from llmlib.sample import continue_text, load_run
 
-    places = [Path(options.run), runs.ROOT / "runs" / options.run]
-    model, encoding = load_run(next((p for p in places if p.exists()), places[0]))
+    model, encoding = load_run(find_run(options.run))
+    how = {k: getattr(options, k) for k in ("temperature", "top_k", "top_p", "seed")}
+    pieces = continue_text(model, encoding, options.prompt, options.n_new, **how)
     print(options.prompt, end="", flush=True)
-    how = {"temperature": options.temperature, "top_k": options.top_k, "seed": options.seed}
-    for piece in continue_text(model, encoding, options.prompt, options.n_new, **how):
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
+
+
+def command_export(options: argparse.Namespace) -> None:
+    from llmlib.export import export
+
+    print(f"The model is in {export(find_run(options.run), Path(options.dir))}")
+
+
+def find_run(name: str) -> Path:
+    """Look for a run where the reader stands, then under the repository's runs/."""
+    places = [Path(name), runs.ROOT / "runs" / name]
+    return next((p for p in places if p.exists()), places[0])
+
+
+COMMANDS = {"run": command_run, "sample": command_sample, "export": command_export}
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     try:
-        {"run": command_run, "sample": command_sample}[options.command](options)
+        COMMANDS[options.command](options)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

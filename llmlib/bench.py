@@ -11,6 +11,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,11 @@ def measure_step(model_config: ModelConfig, config: TrainConfig, n_measure: int)
 def _peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+    status = Path("/proc/self/status")
+    if not status.exists():  # not Linux; there, ru_maxrss would include the parent's memory
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+    [peak] = (line.split() for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak[1]) / 2**20
 
 
 def compare_settings(

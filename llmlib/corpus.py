@@ -9,6 +9,7 @@ here, a few documents at a time, whatever the size of a file.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -25,6 +26,7 @@ PIECE_BYTES = 10_000  # a lone .txt file is cut into documents of about this siz
 FILES_PER_SHARD = 256  # text files that make one shard
 ROWS_PER_READ = 64  # so that even rows of a megabyte need little memory
 FOOTERS_AT_ONCE = 16  # parquet footers read in parallel, for a data set of many remote files
+DOMAIN = "redpajama_set_name"  # the field of ``meta`` that names it
 HUB_ADDRESS = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")
 
 
@@ -95,19 +97,13 @@ def _text_corpus(name: str, root: Path, paths: list[Path]) -> Corpus:
 
 def _stdlib_files(root: Path) -> list[Path]:
     """List the standard library's sources; tests and generated code pages are left out."""
-    skip = {
-        "site-packages",
-        "dist-packages",
-        "__pycache__",
-        "test",
-        "tests",
-        "idle_test",
-        "encodings",
-    }
-    inside = ((path, path.relative_to(root).parts) for path in root.rglob("*.py"))
-    return [
-        p for p, parts in inside if not skip & set(parts) and not parts[0].startswith("config-")
-    ]
+    skip = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+    found = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - skip - {"encodings"}
+        if not Path(folder).relative_to(root).as_posix().startswith("config-"):
+            found += [Path(folder, name) for name in names if name.endswith(".py")]
+    return found
 
 
 def _is_hidden(path: Path) -> bool:
@@ -140,7 +136,7 @@ def _datasets_corpus(config: DataConfig, path: Path | None) -> Corpus:
             "local folder that holds the same files."
         ) from error
     splits = {
-        split: [
+        str(split): [
             Shard(f"{split}-{i:05d}", url=str(url), format=_format(str(url)))
             for i, url in enumerate(urls)
         ]
@@ -148,7 +144,7 @@ def _datasets_corpus(config: DataConfig, path: Path | None) -> Corpus:
     }
     if not splits.get("train"):
         raise ValueError(
-            f"corpus={config.corpus!r} has no train split; its splits: {sorted(splits)}."
+            f"corpus={config.corpus!r} has no train split; its splits: {', '.join(splits)}."
         )
     declared = (builder.info.splits or {}).get("train")
     return Corpus(
@@ -271,13 +267,16 @@ def _require_text(columns: list[str]) -> None:
 
 def _rows(table) -> Iterator[Row]:
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     _require_text(table.schema.names)
     texts = table.column("text").cast(pa.binary()).to_pylist()
-    metas = table.column("meta").to_pylist() if "meta" in table.schema.names else [{}] * len(texts)
-    for text, meta in zip(texts, metas, strict=True):
-        domain = meta.get("redpajama_set_name") if isinstance(meta, dict) else None
-        yield text, domain or "all"
+    domains: list = [None] * len(texts)
+    if "meta" in table.schema.names:
+        meta = table.column("meta")
+        if pa.types.is_struct(meta.type) and meta.type.get_field_index(DOMAIN) >= 0:
+            domains = pc.struct_field(meta, DOMAIN).to_pylist()
+    yield from ((text, domain or "all") for text, domain in zip(texts, domains, strict=True))
 
 
 def decode(raw: bytes | None, domain: str) -> Document:

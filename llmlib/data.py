@@ -24,7 +24,7 @@ from llmlib import runs
 
 @dataclass(frozen=True)
 class Tokens:
-    """One split on disk. Files are mapped anew for each read, so resident memory stays flat."""
+    """One split on disk. Files are mapped anew for each batch, so resident memory stays flat."""
 
     folder: Path
     files: tuple[str, ...]
@@ -35,9 +35,12 @@ class Tokens:
     def n_tokens(self) -> int:
         return sum(self.lengths)
 
+    def map(self, file: int) -> np.ndarray:
+        """Map a file; what was read of it leaves memory with the last view of the result."""
+        return np.asarray(np.memmap(self.folder / self.files[file], dtype=self.dtype, mode="r"))
+
     def read(self, file: int, start: int, stop: int) -> np.ndarray:
-        mapped = np.memmap(self.folder / self.files[file], dtype=self.dtype, mode="r")
-        return np.asarray(mapped[start:stop])
+        return self.map(file)[start:stop]
 
 
 def open_split(folder: Path, split: str) -> Tokens:
@@ -125,14 +128,15 @@ class Batches:
             )
         share = self.n_sequences // world_size
         mine = self.indices(step)[rank * share : (rank + 1) * share]
-        windows = np.stack([self._window(int(i)) for i in mine]).astype(np.int64)
+        windows = self._read(mine).astype(np.int64)
         both = torch.from_numpy(windows)
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
-    def _window(self, index: int) -> np.ndarray:
-        file = int(np.searchsorted(self.first_of_file, index, side="right")) - 1
-        start = int(self.starts[index])
-        return self.tokens.read(file, start, start + self.seq_len + 1)
+    def _read(self, indices: np.ndarray) -> np.ndarray:
+        files = np.searchsorted(self.first_of_file, indices, side="right") - 1
+        mapped = {file: self.tokens.map(file) for file in set(files.tolist())}
+        pairs = zip(files.tolist(), self.starts[indices].tolist(), strict=True)
+        return np.stack([mapped[file][start : start + self.seq_len + 1] for file, start in pairs])
 
 
 def _aligned_starts(tokens: np.ndarray, seq_len: int, end_of_text: int | None) -> np.ndarray:

@@ -4,6 +4,7 @@ A model maps tokens (B, T) to logits (B, T, V), or straight to the mean cross-en
 [nats/token] when it is given targets. Module names are those of Hugging Face's
 LlamaForCausalLM, and RoPE pairs features half a head apart as it does, so that weights move
 without permutation. Shapes are static and RoPE is real-valued: it compiles without graph breaks.
+A model that writes text keeps the keys and values of what it has read in one ``Cache`` per layer.
 Llama: arXiv:2302.13971; RoPE: arXiv:2104.09864; SwiGLU: arXiv:2002.05202; RMSNorm: arXiv:1910.07467.
 """
 
@@ -25,8 +26,11 @@ class LanguageModel(nn.Module):
     config: ModelConfig
     embed_tokens: nn.Embedding
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        """Map tokens (B, T) to the normalised last hidden state (B, T, d_model)."""
+    def hidden(self, tokens: Tensor, caches: list[Cache] | None = None) -> Tensor:
+        """Map tokens (B, T) to the normalised last hidden state (B, T, d_model).
+
+        With caches, the tokens follow those read before, and join them.
+        """
         raise NotImplementedError
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -35,6 +39,43 @@ class LanguageModel(nn.Module):
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    def next_logits(self, tokens: Tensor, caches: list[Cache]) -> Tensor:
+        """Read tokens (B, T) after those in the caches; return the logits (B, V) of the next."""
+        return F.linear(self.hidden(tokens, caches)[:, -1], self.embed_tokens.weight)
+
+    def new_caches(self) -> list[Cache]:
+        return [Cache(self.config, self.embed_tokens.weight) for _ in range(self.config.n_layer)]
+
+
+class Cache:
+    """Keys and values of the tokens that one layer has read; room for one context (B = 1)."""
+
+    def __init__(self, config: ModelConfig, like: Tensor):
+        self.pair = like.new_zeros(2, 1, config.n_head, config.seq_len, config.d_head)
+        self.n_tokens = 0
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values (1, H, T, d_head); return those of all tokens read."""
+        start, self.n_tokens = self.n_tokens, self.n_tokens + k.size(2)
+        self.pair[:, :, :, start : self.n_tokens] = torch.stack((k, v))
+        k, v = self.pair[:, :, :, : self.n_tokens]
+        return k, v
+
+
+def positions(tokens: Tensor, caches: list[Cache] | None) -> slice:
+    start = caches[0].n_tokens if caches else 0
+    return slice(start, start + tokens.size(1))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None) -> Tensor:
+    """Causal attention (B, H, T, d_head): a token sees itself and all before it, cached or not."""
+    if cache is None:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    k, v = cache.extend(k, v)
+    n_new, n = q.size(2), k.size(2)
+    sees = torch.ones(n_new, n, dtype=torch.bool, device=q.device).tril(n - n_new)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
 
 
 class Llama(LanguageModel):
@@ -49,11 +90,11 @@ class Llama(LanguageModel):
         self.register_buffer("sin", sin, persistent=False)
         init_weights(self)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        n = tokens.size(1)
+    def hidden(self, tokens: Tensor, caches: list[Cache] | None = None) -> Tensor:
+        here = positions(tokens, caches)
         x = self.embed_tokens(tokens)
-        for layer in self.layers:
-            x = layer(x, self.cos[:n], self.sin[:n])
+        for i, layer in enumerate(self.layers):
+            x = layer(x, self.cos[here], self.sin[here], caches and caches[i])
         return self.norm(x)
 
 
@@ -65,8 +106,8 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -77,14 +118,12 @@ class LlamaAttention(nn.Module):
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(self, name, nn.Linear(config.d_model, config.d_model, bias=False))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
         q, k, v = (
             rearrange(proj(x), "b t (h d) -> b h t d", h=self.n_head)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = F.scaled_dot_product_attention(
-            rotate(q, cos, sin), rotate(k, cos, sin), v, is_causal=True
-        )
+        y = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cache)
         return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
 
 
@@ -138,10 +177,11 @@ class GPT2(LanguageModel):
         self.norm = nn.LayerNorm(config.d_model, config.norm_eps, bias=False)
         init_weights(self)
 
-    def hidden(self, tokens: Tensor) -> Tensor:
-        x = self.embed_tokens(tokens) + self.embed_positions.weight[: tokens.size(1)]
-        for layer in self.layers:
-            x = layer(x)
+    def hidden(self, tokens: Tensor, caches: list[Cache] | None = None) -> Tensor:
+        here = positions(tokens, caches)
+        x = self.embed_tokens(tokens) + self.embed_positions.weight[here]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, caches and caches[i])
         return self.norm(x)
 
 
@@ -157,10 +197,10 @@ class GPT2Block(nn.Module):
         self.up_proj = nn.Linear(d, config.d_ff, bias=False)
         self.down_proj = nn.Linear(config.d_ff, d, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         qkv = self.qkv_proj(self.ln_1(x))
         q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.n_head)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = attend(q, k, v, cache)
         x = x + self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
         return x + self.down_proj(F.gelu(self.up_proj(self.ln_2(x)), approximate="tanh"))
 

@@ -40,8 +40,13 @@ class Group:
         local_rank = int(os.environ["LOCAL_RANK"])
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        return Group(dist.get_rank(), dist.get_world_size(), local_rank)
+        store, rank, size = next(dist.rendezvous("env://"))
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # It outlives a restart and remembers where the dead could be reached (pytorch #135712).
+            store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+        return Group(rank, size, local_rank)
 
     def leave(self) -> None:
         if self.size > 1:

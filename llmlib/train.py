@@ -505,7 +505,7 @@ def lock(run: Path, group: Group) -> Iterator[None]:
             except runs.Locked as error:
                 refusal = error
         if any(group.follow_leader(refusal is not None)):
-            raise refusal or runs.Locked("the leading process was refused.")
+            raise refusal or runs.Locked(f"run {run.name} is being trained by another process.")
         yield
 
 
@@ -552,9 +552,9 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         traceback.print_exc()
         print(
-            f"error: process {group.rank} of {group.size} cannot go on: {error!s:.200} "
-            "If another one died, its message is above. The last checkpoint is kept: run the same "
-            "command again to go on.",
+            f"error: process {group.rank} of {group.size} cannot go on ({error!s:.120}); if another "
+            "one died, its message is above. The last checkpoint is kept: run the same command "
+            "again to go on.",
             file=sys.stderr,
             flush=True,
         )

@@ -138,6 +138,7 @@ def execute(stem: str, record: Path, values: dict[str, Any]) -> None:
             parameters=values,
             kernel_name="python3",
             kernel_manager_class=LocalKernelManager,
+            extra_arguments=["--log-level=50"],  # its complaints about being shut down
             progress_bar=False,
             cwd=str(FOLDER),
         )

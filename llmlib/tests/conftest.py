@@ -1,11 +1,17 @@
-"""Fixtures that several test modules share: prepared tokens and run folders."""
+"""Fixtures that several test modules share: prepared tokens, run folders, training processes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # at these sizes, threads only wait for each other
 
 from llmlib import prepare, runs
 from llmlib.config import PRESETS, ModelConfig, TrainConfig, to_json
@@ -32,3 +38,60 @@ def make_run(tmp_path: Path) -> Callable[[ModelConfig, TrainConfig], Path]:
         return run
 
     return make
+
+
+class Training:
+    """A training process, or a job of several, that runs beside the test."""
+
+    def __init__(self, run: Path, tokens: Path, *options: str, job: tuple[str, ...] = ()):
+        self.run = run
+        launcher = ("torch.distributed.run", "--standalone", *job, "-m") if job else ()
+        command = [sys.executable, "-m", *launcher, "llmlib.train", str(run)]
+        command += ["--tokens", str(tokens), *options]
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def wait_for_step(self, step: int) -> None:
+        """Wait until the run has taken a step."""
+        while self.steps()[-1:] < [step]:
+            assert self.process.poll() is None, self.process.stdout.read()
+            time.sleep(0.02)
+
+    def steps(self) -> list[int]:
+        if not (self.run / "metrics.jsonl").exists():
+            return []
+        table = runs.read_metrics(self.run)
+        return table[table.kind == "step"].step.tolist() if len(table) else []
+
+    def workers(self) -> list[int]:
+        """The process ids of a job's members, by rank."""
+        pid = self.process.pid
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def finish(self, timeout: float = 120) -> tuple[int, str]:
+        """Wait for the end and return exit status and output."""
+        output, _ = self.process.communicate(timeout=timeout)
+        return self.process.returncode, output
+
+
+@pytest.fixture
+def start_training() -> Iterator[Callable[..., Training]]:
+    """Return a function that starts a training process; what a failed test leaves is killed."""
+    started: list[Training] = []
+
+    def start(*arguments: object, **options: object) -> Training:
+        started.append(Training(*arguments, **options))
+        return started[-1]
+
+    yield start
+    for training in started:
+        if training.process.poll() is None:
+            members = training.workers()
+            training.process.kill()
+            for pid in members:
+                os.kill(pid, 9)

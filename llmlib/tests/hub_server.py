@@ -227,7 +227,9 @@ def layout(n_shards: int, n_documents: int) -> dict[str, bytes]:
         files[f"data/{split}-00000-of-00001-0123456789abcdef.parquet"] = parquet(texts(20, seed))
     counts = {"train": n_shards * n_documents, "validation": 20, "test": 20}
     lines = [f"  - name: {s}\n    num_bytes: 1\n    num_examples: {n}" for s, n in counts.items()]
-    features = "dataset_info:\n  features:\n  - name: text\n    dtype: string\n  splits:\n"
+    features = "dataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: meta\n"
+    features += "    struct:\n    - name: redpajama_set_name\n      dtype: string\n"
+    features += "  - name: __index_level_0__\n    dtype: int64\n  splits:\n"
     sizes = "\n  download_size: 1\n  dataset_size: 1\n"
     files["README.md"] = ("---\n" + features + "\n".join(lines) + sizes + "---\n").encode()
     return files

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -83,7 +84,7 @@ def test_folder_without_files_is_refused(tmp_path: Path) -> None:
 
 def test_corpus_without_a_train_split_lists_its_splits(tmp_path: Path) -> None:
     (tmp_path / "validation-00000.parquet").write_bytes(parquet(texts(5, seed=0)))
-    with pytest.raises(ValueError, match=r"no train split; its splits: \['validation'\]"):
+    with pytest.raises(ValueError, match=r"no train split; its splits: validation\."):
         open_corpus(DataConfig(corpus=str(tmp_path)))
 
 
@@ -118,11 +119,12 @@ def test_null_and_empty_documents_are_told_apart(tmp_path: Path) -> None:
     assert [document.text for document in _read(tmp_path / "my.parquet")] == ["a", None, "", "b"]
 
 
-@pytest.mark.parametrize("place", ["footer", "page"])
-def test_corrupt_parquet_file_is_named(tmp_path: Path, place: str) -> None:
-    data = bytearray(parquet(texts(500, seed=0)))
-    where = slice(-40, -8) if place == "footer" else slice(100, 1000)
-    data[where] = bytes(where.stop - where.start)
+@pytest.mark.parametrize("damage", ["cut short", "overwritten"])
+def test_corrupt_parquet_file_is_named(tmp_path: Path, damage: str) -> None:
+    data = parquet(texts(500, seed=0))
+    data = (
+        data[: len(data) // 2] if damage == "cut short" else data[:100] + bytes(900) + data[1000:]
+    )
     (tmp_path / "bad.parquet").write_bytes(data)
     with pytest.raises(ValueError, match=r"shard train-00000 \(.*bad\.parquet\) could not be read"):
         _read(tmp_path / "bad.parquet")
@@ -135,21 +137,25 @@ def test_json_that_is_not_json_is_named(tmp_path: Path) -> None:
 
 
 READ_ALL = """
-import resource, sys
+import sys
+from pathlib import Path
 from llmlib import corpus
 read = lambda path: sum(len(row[0]) for row in corpus.read_rows(corpus.Shard("x", path, "parquet")))
+def peak_kib():
+    [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+    return int(line.split()[1])
 read(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(read(sys.argv[2]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+before = peak_kib()
+print(read(sys.argv[2]), peak_kib() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_one_huge_row_group_takes_no_more_memory_than_small_ones(tmp_path: Path) -> None:
-    document = "".join(texts(200, seed=0))[:50_000]
-    (tmp_path / "small.parquet").write_bytes(parquet([document] * 100, row_group_size=10))
-    many = [f"{i} {document[i % 100 :]}" for i in range(3000)]
-    (tmp_path / "huge.parquet").write_bytes(parquet(many, row_group_size=3000))
+    random = Random(0)
+    documents = [random.randbytes(2_500).hex() for _ in range(30_000)]
+    (tmp_path / "small.parquet").write_bytes(parquet(documents[:1000], row_group_size=100))
+    (tmp_path / "huge.parquet").write_bytes(parquet(documents, row_group_size=30_000))
     out = subprocess.run(
         [
             sys.executable,
@@ -163,5 +169,5 @@ def test_one_huge_row_group_takes_no_more_memory_than_small_ones(tmp_path: Path)
         check=True,
     )
     n_bytes, more_kib = map(int, out.stdout.split())
-    assert n_bytes > 145e6
-    assert more_kib < 60_000
+    assert n_bytes == 150e6
+    assert more_kib < 60_000, more_kib

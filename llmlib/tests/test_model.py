@@ -104,6 +104,17 @@ def test_no_token_sees_the_future(model, tokens):
 
 
 @torch.no_grad()
+def test_reading_piece_by_piece_gives_the_logits_of_reading_at_once(model, tokens):
+    larger_weights(model)
+    at_once, caches, n_read = model(tokens[:1])[0], model.new_caches(), 0
+    for n in (5, 1, 1, 9, 1, 31):
+        logits = model.next_logits(tokens[:1, n_read : n_read + n], caches)
+        n_read += n
+        assert torch.allclose(logits[0], at_once[n_read - 1], atol=1e-4)
+    assert n_read == model.config.seq_len
+
+
+@torch.no_grad()
 def test_loss_is_the_mean_cross_entropy_of_the_logits(model, tokens):
     targets = tokens.roll(-1, 1)
     chances = torch.log_softmax(model(tokens), -1).gather(-1, targets[..., None])

@@ -1,0 +1,179 @@
+"""Checkpoints: whole or not there, and the newest whole one is used."""
+
+import json
+import resource
+
+import pytest
+import torch
+
+from llmlib import checkpoint
+from llmlib.checkpoint import Saver, all_checkpoints, newest_valid, restore
+from llmlib.config import ModelConfig, TrainConfig
+from llmlib.model import build_model
+from llmlib.optim import build_optimizer
+
+CONFIG = ModelConfig(vocab_size=64, seq_len=8, n_layer=1, n_head=1, d_model=16, d_ff=32)
+
+
+def train_a_little(seed=0):
+    model = build_model(CONFIG, seed=seed)
+    optimizer = build_optimizer(model, TrainConfig())
+    tokens = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(seed))
+    for _ in range(2):
+        model(tokens[:, :-1], tokens[:, 1:]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model, optimizer
+
+
+def save(folder, *steps, n_keep=10, **state):
+    model, optimizer = train_a_little()
+    saver = Saver(folder, n_keep)
+    for step in steps:
+        saver.save(model, optimizer, {"step": step, "val_loss": None} | state)
+    saver.wait()
+    assert saver.take_failure() is None
+    return model, optimizer
+
+
+def names(folder):
+    return [int(p.name) for p in all_checkpoints(folder)]
+
+
+def test_restoring_brings_back_weights_optimizer_and_random_numbers(tmp_path):
+    torch.manual_seed(5)
+    model, optimizer = save(tmp_path, 3, seconds={"training": 0.1 + 0.2})
+    expected = torch.rand(4)
+    other = build_model(CONFIG, seed=9)
+    its_optimizer = build_optimizer(other, TrainConfig())
+    state = restore(other, its_optimizer, newest_valid(tmp_path))
+    assert state == {"step": 3, "val_loss": None, "seconds": {"training": 0.1 + 0.2}}
+    assert torch.equal(torch.rand(4), expected)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name])
+    ours, theirs = optimizer.state_dict()["state"], its_optimizer.state_dict()["state"]
+    assert len(theirs) == len(list(model.parameters()))
+    for index, values in ours.items():
+        assert set(values) == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(values[name], theirs[index][name]) for name in values)
+
+
+def test_training_goes_on_without_changing_what_is_being_saved(tmp_path):
+    model, optimizer = train_a_little()
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    weights, _ = checkpoint.snapshot(model, optimizer)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(1.0)
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def flip_a_bit(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def other_step(path):
+    path.write_text(path.read_text().replace('"step": 2', '"step": 9'))
+
+
+DAMAGE = {
+    "truncated weights": ("weights.safetensors", truncate),
+    "flipped bit in the weights": ("weights.safetensors", flip_a_bit),
+    "flipped bit in the optimizer": ("optimizer.safetensors", flip_a_bit),
+    "missing optimizer": ("optimizer.safetensors", lambda path: path.unlink()),
+    "truncated state": ("state.json", truncate),
+    "missing state": ("state.json", lambda path: path.unlink()),
+    "changed state": ("state.json", other_step),
+    "state of another kind": ("state.json", lambda path: path.write_text("[1]")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, damage):
+    save(tmp_path, 1, 2)
+    file, harm = DAMAGE[damage]
+    harm(tmp_path / "00000002" / file)
+    with pytest.warns(UserWarning, match="checkpoint 00000002 is skipped"):
+        assert newest_valid(tmp_path).name == "00000001"
+
+
+def test_damage_does_not_stop_later_saving(tmp_path):
+    save(tmp_path, 1, 2)
+    (tmp_path / "00000001" / "state.json").unlink()
+    save(tmp_path, 3, n_keep=2)
+    assert names(tmp_path) == [2, 3]
+
+
+def test_no_checkpoint_is_none(tmp_path):
+    assert newest_valid(tmp_path / "nothing") is None
+
+
+def test_steps_are_ordered_as_numbers(tmp_path):
+    save(tmp_path, 9_500, 10_000, 100_000_000)
+    assert newest_valid(tmp_path).name == "100000000"
+
+
+def test_last_ones_and_the_best_are_kept(tmp_path):
+    for step, val_loss in ((1, 3.0), (2, 2.0), (3, 2.5), (4, None), (5, None)):
+        save(tmp_path, step, n_keep=2, val_loss=val_loss)
+    assert names(tmp_path) == [2, 4, 5]
+
+
+@pytest.mark.parametrize("call", ["save_file", "sync", "_file_hash", "os.replace"])
+def test_write_that_dies_leaves_the_old_checkpoint_in_use(tmp_path, monkeypatch, call):
+    """Wherever a write ends, what was there before is found again."""
+    save(tmp_path, 1)
+
+    def die(*_):
+        raise SystemExit("killed")
+
+    model, optimizer = train_a_little()
+    tensors = checkpoint.snapshot(model, optimizer)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(f"llmlib.checkpoint.{call}", die)
+        checkpoint.write(tmp_path, *tensors, {"step": 2, "val_loss": None})
+    assert newest_valid(tmp_path).name == "00000001"
+    save(tmp_path, 2)
+    assert newest_valid(tmp_path).name == "00000002"
+    assert not list(tmp_path.glob(".*"))  # nothing half-written is left
+
+
+def test_same_step_saved_again_replaces_the_first(tmp_path):
+    save(tmp_path, 4)
+    save(tmp_path, 4, n_skipped=1)
+    assert json.loads((newest_valid(tmp_path) / "state.json").read_text())["state"]["n_skipped"]
+    assert names(tmp_path) == [4] and not list(tmp_path.glob(".*"))
+
+
+def test_failed_write_is_reported_once_and_the_next_one_works(tmp_path):
+    """The operating system refuses to write more, as on a full disk."""
+    save(tmp_path, 1)
+    model, optimizer = train_a_little()
+    saver = Saver(tmp_path, 2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        saver.save(model, optimizer, {"step": 2, "val_loss": None})
+        saver.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in str(saver.take_failure())
+    assert saver.take_failure() is None
+    assert names(tmp_path) == [1] and not list(tmp_path.glob(".*"))
+    saver.save(model, optimizer, {"step": 3, "val_loss": None})
+    saver.wait()
+    assert saver.take_failure() is None
+    assert newest_valid(tmp_path).name == "00000003"
+
+
+def test_nothing_is_pickled(tmp_path):
+    save(tmp_path, 1)
+    for path in (tmp_path / "00000001").iterdir():
+        head = path.read_bytes()[8:9] if path.suffix == ".safetensors" else path.read_bytes()[:1]
+        assert head == b"{"  # safetensors: a length, then JSON

@@ -1,0 +1,162 @@
+"""The clock, on a clock that the test turns."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from llmlib import clock
+from llmlib.clock import KINDS, Budget, Ledger, heartbeat, last_heartbeat
+from llmlib.config import TrainConfig
+
+
+@pytest.fixture
+def time(monkeypatch):
+    """A clock that stands still until it is told otherwise."""
+
+    class Time:
+        now = 1000.0
+
+        def pass_(self, seconds):
+            self.now += seconds
+
+    time = Time()
+    monkeypatch.setattr(clock, "monotonic", lambda: time.now)
+    return time
+
+
+def seconds_budget(seconds):
+    return Budget(TrainConfig(budget_hours=seconds / 3600), tokens_per_step=1)
+
+
+def spend(time, budget, step_seconds, ledger=None):
+    """Take steps until the budget says stop; return the plans and the ledger."""
+    ledger = ledger or Ledger()
+    plans = []
+    while (plan := budget.plan(len(plans), ledger)) is not None:
+        time.pass_(next(step_seconds))
+        budget.observe(ledger.book("training"))
+        plans.append(plan)
+    return plans, ledger
+
+
+def test_kinds_sum_to_the_time_from_first_step_to_last(time):
+    ledger = Ledger()
+    time.pass_(50)  # before the first step
+    ledger.start()
+    for i, kind in enumerate(KINDS * 3):
+        time.pass_(0.5 + i)
+        assert ledger.book(kind) == 0.5 + i
+    assert sum(ledger.seconds.values()) == ledger.total == time.now - 1050
+
+
+def test_resumed_ledger_goes_on_and_the_pause_does_not_count(time):
+    ledger = Ledger()
+    time.pass_(7)
+    ledger.book("training")
+    time.pass_(1000)
+    resumed = Ledger(ledger.seconds)
+    time.pass_(2)
+    resumed.book("training")
+    assert resumed.total == resumed.seconds["training"] == 9
+
+
+def test_what_was_not_finished_counts_as_lost_in_the_heartbeat(time):
+    ledger = Ledger()
+    time.pass_(7)
+    ledger.book("training")
+    time.pass_(3)
+    assert ledger.so_far() == dict.fromkeys(KINDS, 0.0) | {"training": 7.0, "lost": 3.0}
+    assert ledger.seconds["lost"] == 0.0
+
+
+def test_heartbeat_is_noted_while_a_step_is_running(tmp_path, monkeypatch):
+    monkeypatch.setattr(clock, "HEARTBEAT_SECONDS", 0.01)
+    path, ledger = tmp_path / "heartbeat", Ledger()
+    assert last_heartbeat(path) == {}
+    with heartbeat(ledger, path):
+        while not last_heartbeat(path):
+            pass  # a step that never books anything
+        noted = last_heartbeat(path)
+    assert 0 < noted["lost"] < last_heartbeat(path)["lost"] <= ledger.total
+
+
+def test_heartbeat_that_a_crash_cut_short_is_ignored(tmp_path):
+    (tmp_path / "heartbeat").write_text(json.dumps({"training": 1.0})[:9])
+    assert last_heartbeat(tmp_path / "heartbeat") == {}
+
+
+@pytest.mark.parametrize("seconds", [10.0, 10.5, 99.99, 1234.5])
+@pytest.mark.parametrize("step", [0.25, 0.7, 1.0, 3.3])
+def test_last_step_ends_by_the_deadline_and_at_most_one_step_early(time, seconds, step):
+    plans, ledger = spend(time, seconds_budget(seconds), itertools.repeat(step))
+    assert seconds - step - 1e-6 <= ledger.total <= seconds + 1e-6
+    assert [plan.is_last for plan in plans] == [False] * (len(plans) - 1) + [True]
+    assert plans[0].progress == 0 and plans[-1].progress == 1.0
+    assert all(a.progress < b.progress for a, b in itertools.pairwise(plans))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_steps_that_vary_by_three_percent_meet_the_deadline_too(time, seed):
+    rng = np.random.default_rng(seed)
+    steps = (float(s) for s in iter(lambda: rng.normal(1.2, 0.036), None))
+    plans, ledger = spend(time, seconds_budget(200.0), steps)
+    assert 200 - 1.5 * 1.2 <= ledger.total <= 200
+    assert plans[-1].is_last and plans[-1].progress == 1.0
+
+
+def test_one_slow_step_does_not_end_the_run_early(time):
+    steps = itertools.chain([1.0] * 90, [20.0], itertools.repeat(1.0))
+    plans, ledger = spend(time, seconds_budget(120.5), steps)
+    assert len(plans) == 101
+    assert ledger.total == pytest.approx(120)
+
+
+def test_compilation_is_spent_but_is_no_progress(time):
+    budget, ledger = seconds_budget(100.0), Ledger()
+    time.pass_(40)
+    ledger.book("compile")
+    assert budget.plan(1, ledger).progress == 0.0
+    plans, ledger = spend(time, budget, itertools.repeat(1.0), ledger)
+    assert len(plans) == 60 and ledger.total == 100.0
+    assert plans[30].progress == pytest.approx(30 / 59)  # of what compilation left
+
+
+def test_budget_shorter_than_its_first_step_ends_after_it(time):
+    plans, ledger = spend(time, seconds_budget(5.0), itertools.repeat(30.0))
+    assert len(plans) == 1 and ledger.total == 30.0
+
+
+@pytest.mark.parametrize(("spent", "expected"), [(92.9, False), (93.5, True), (94.1, None)])
+def test_resumed_run_expects_compilation_before_its_first_step(time, spent, expected):
+    budget, ledger = seconds_budget(100.0), Ledger({"training": spent})
+    budget.observe(1.0)
+    budget.compile_seconds = 5.0
+    plan = budget.plan(50, ledger)
+    assert (plan and plan.is_last) is expected
+
+
+def test_work_fits_only_if_a_step_still_follows(time):
+    budget, ledger = seconds_budget(100.0), Ledger({"training": 90.0})
+    budget.observe(2.0)
+    assert budget.fits(ledger, 8.0)
+    assert not budget.fits(ledger, 8.1)
+    assert Budget(TrainConfig(budget_hours=None, budget_steps=3), 1).fits(ledger, 1e9)
+
+
+@pytest.mark.parametrize("n_steps", [1, 2, 20])
+def test_step_and_token_budgets_count_exactly(time, n_steps):
+    for budget in ({"budget_steps": n_steps}, {"budget_tokens": n_steps * 1024 + 1023}):
+        config = TrainConfig(budget_hours=None, **budget)
+        plans, _ = spend(time, Budget(config, tokens_per_step=1024), itertools.repeat(1.0))
+        assert len(plans) == n_steps
+        assert [plan.is_last for plan in plans] == [False] * (n_steps - 1) + [True]
+        assert plans[-1].progress == 1.0
+        assert n_steps == 1 or plans[0].progress == 0.0
+
+
+def test_too_few_tokens_for_a_step_are_refused():
+    config = TrainConfig(budget_hours=None, budget_tokens=1000)
+    with pytest.raises(ValueError, match="budget_tokens=1000 is less than one step of 1024"):
+        Budget(config, tokens_per_step=1024)

@@ -1,0 +1,121 @@
+"""One step and one validation against direct computations."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from llmlib.config import ModelConfig
+from llmlib.model import build_model
+from llmlib.step import EVAL_BATCH, evaluate, train_step
+
+CONFIG = ModelConfig(
+    vocab_size=128, seq_len=16, n_layer=2, n_head=2, d_model=32, d_ff=64, norm_eps=1e-5
+)
+CPU, FP32 = torch.device("cpu"), torch.float32
+
+
+def setup(lr=0.1, n_sequences=12):
+    model = build_model(CONFIG, seed=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    tokens = torch.randint(128, (n_sequences, 17), generator=torch.Generator().manual_seed(0))
+    return model, optimizer, tokens[:, :-1], tokens[:, 1:]
+
+
+def step(model, optimizer, inputs, targets, **changes):
+    settings = {"micro_batch": 4, "lr": 0.1, "grad_clip": 1e9, "dtype": FP32} | changes
+    return train_step(model, optimizer, inputs, targets, **settings)
+
+
+def gradients(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 5, 12, 100])  # 5: a smaller last one
+def test_accumulated_gradient_is_that_of_one_big_batch(micro_batch):
+    model, optimizer, inputs, targets = setup()
+    reference = copy.deepcopy(model)
+    logits = reference(inputs)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    expected.backward()
+    loss, norm = step(model, optimizer, inputs, targets, micro_batch=micro_batch)
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    assert norm == pytest.approx(gradients(reference).norm().item(), rel=1e-5)
+    torch.testing.assert_close(gradients(model), gradients(reference), rtol=1e-4, atol=1e-7)
+
+
+def test_step_goes_down_the_clipped_gradient():
+    model, optimizer, inputs, targets = setup()
+    before = torch.cat([p.detach().flatten() for p in model.parameters()])
+    _, norm = step(model, optimizer, inputs, targets, grad_clip=0.05, lr=0.2)
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert norm > 0.05  # as it was before clipping
+    assert (after - before).norm().item() == pytest.approx(0.2 * 0.05, rel=1e-4)
+    torch.testing.assert_close(after - before, -0.2 * gradients(model), rtol=1e-3, atol=1e-7)
+
+
+def test_small_gradients_are_not_clipped():
+    model, optimizer, inputs, targets = setup()
+    _, norm = step(model, optimizer, inputs, targets, grad_clip=1e9)
+    assert gradients(model).norm().item() == pytest.approx(norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_step_that_is_not_finite_changes_nothing_and_says_so(where):
+    model, optimizer, inputs, targets = setup()
+    if where == "loss":
+        broken = lambda x, y: model(x, y) * math.inf  # noqa: E731
+        broken.parameters = model.parameters
+    else:
+        broken = model
+        model.norm.weight.register_hook(lambda grad: grad * math.nan)
+    before = copy.deepcopy(model.state_dict())
+    loss, norm = step(broken, optimizer, inputs, targets)
+    assert not np.isfinite([loss, norm]).all()
+    assert math.isfinite(loss) == (where == "gradient")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_processes_average_gradients_on_the_last_micro_step_only(tmp_path):
+    model, optimizer, inputs, targets = setup()
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        shared = DistributedDataParallel(model)
+        forwards, syncs = [], []
+        model.register_forward_hook(lambda *_: forwards.append(len(syncs)))
+
+        def note(state, bucket):
+            syncs.append(len(forwards))
+            future = torch.futures.Future()
+            future.set_result(bucket.buffer())
+            return future
+
+        shared.register_comm_hook(None, note)
+        step(shared, optimizer, inputs, targets, micro_batch=3)
+    finally:
+        dist.destroy_process_group()
+    assert forwards == [0, 0, 0, 0]
+    assert syncs and set(syncs) == {4}
+
+
+def test_evaluation_weighs_every_token_the_same():
+    model, _, _, _ = setup()
+    n = EVAL_BATCH + 3  # batches of unequal size
+    windows = np.random.default_rng(0).integers(128, size=(n, 17))
+    result = evaluate(model, windows, CPU, FP32)
+    tokens = torch.from_numpy(windows)
+    with torch.no_grad():
+        log_p = model(tokens[:, :-1]).double().log_softmax(-1)
+    expected = -log_p.gather(-1, tokens[:, 1:, None]).mean().item()
+    hits = (log_p.argmax(-1) == tokens[:, 1:]).double().mean().item()
+    assert result["loss"] == pytest.approx(expected, rel=1e-6)
+    assert result["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
+    assert result["accuracy"] == pytest.approx(hits)
+    assert result["n_tokens"] == n * 16
