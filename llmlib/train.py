@@ -292,7 +292,12 @@ class Trainer:
             return False
         result = evaluate(self.model, self.windows, self.device, self.dtype)
         self.eval_seconds = self.ledger.book("validation")
-        self._log("eval", val_loss=result["loss"], val_accuracy=result["accuracy"])
+        self._log(
+            "eval",
+            val_loss=result["loss"],
+            val_accuracy=result["accuracy"],
+            val_sha256=_sha256(self.windows),
+        )
         progress.n_evals = due
         has_improved = result["loss"] < (progress.best_val_loss or np.inf)
         if has_improved:
@@ -349,7 +354,8 @@ class Trainer:
         if newest is not None:
             self.progress = self._load(newest)
             spent = {} if self.progress.is_over else last_heartbeat(self.path / "heartbeat")
-            self.ledger = Ledger(spent or self.progress.seconds)
+            later = max(self.progress.seconds, spent, key=lambda seconds: sum(seconds.values()))
+            self.ledger = Ledger(later)
             self._go_back()
         elif self.group.leads:
             self._keep_metrics(up_to=-1)

@@ -122,8 +122,9 @@ def _resident_kib() -> int:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_resident_memory_stays_flat_while_a_large_file_is_read(tmp_path: Path) -> None:
-    tokens = _tokens(tmp_path, np.zeros(100_000_000, np.uint16))  # 200 MB
-    batches = Batches(tokens, 1023, 256)
+    (tmp_path / "0.bin").touch()
+    os.truncate(tmp_path / "0.bin", 200_000_000)
+    batches = Batches(Tokens(tmp_path, ("0.bin",), (100_000_000,), "<u2"), 1023, 256)
     batches.batch(0)
     before = _resident_kib()
     for step in range(1, batches.n_windows // 256):

@@ -12,7 +12,7 @@ from llmlib.train import Stopped, Trainer
 SMOKE = PRESETS["smoke"]
 JOB = ("--nproc-per-node", "2")
 CONFIG = override(SMOKE.train, micro_batch=4, grad_accum=4, n_evals=1)
-LONG = override(CONFIG, budget_steps=90, checkpoint_minutes=0.005)
+LONG = override(CONFIG, budget_steps=60, checkpoint_minutes=0.005)
 
 
 def losses(run):
@@ -31,7 +31,7 @@ def train_alone(run, tokens, config):
 def alone(smoke_tokens, tmp_path_factory):
     """The losses of the long run in one process."""
     run = tmp_path_factory.mktemp("distributed") / "alone"
-    train_alone(run, smoke_tokens, LONG).run()
+    train_alone(run, smoke_tokens, override(LONG, checkpoint_minutes=10)).run()
     return losses(run)
 
 
@@ -59,7 +59,7 @@ def test_killed_process_ends_the_job_and_its_checkpoint_serves_other_numbers_of_
     with pytest.raises(Stopped):
         first.run()  # one process
     job = start_training(run, smoke_tokens, job=JOB)  # two go on
-    job.wait_for_step(50)
+    job.wait_for_step(35)
     os.kill(job.workers()[1], signal.SIGKILL)
     status, output = job.finish()
     assert status != 0
@@ -77,7 +77,7 @@ def test_restarting_job_goes_on_after_a_process_is_killed(
 ):
     run = make_run(SMOKE.model, LONG)
     job = start_training(run, smoke_tokens, job=(*JOB, "--max-restarts", "1"))
-    job.wait_for_step(30)
+    job.wait_for_step(20)
     os.kill(job.workers()[0], signal.SIGKILL)  # the one that leads
     status, output = job.finish()
     assert status == 0, output

@@ -73,7 +73,7 @@ def test_interrupting_the_cell_saves_the_run(make_run, smoke_tokens):
 def test_a_readers_mistake_in_the_run_is_a_value_error_here(make_run, smoke_tokens):
     small = override(MODEL, vocab_size=256)
     run = make_run(small, PRESETS["smoke"].train)
-    with pytest.raises(ValueError, match="tokenizer has 512 tokens.*vocab_size is 256"):
+    with pytest.raises(ValueError, match=r"tokenizer has 512 tokens.*vocab_size is 256"):
         supervise.supervise(run, smoke_tokens)
 
 
