@@ -11,7 +11,6 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
 
@@ -91,16 +90,8 @@ def last_heartbeat(path: Path) -> dict[str, float]:
         return {}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the next step is."""
-
-    progress: float  # 0 on the first step, 1 on the last
-    is_last: bool
-
-
 class Budget:
-    """A budget of seconds, tokens or steps, behind one question: what is the next step?"""
+    """A budget of seconds, tokens or steps, behind one question: is there a next step?"""
 
     def __init__(self, config: TrainConfig, tokens_per_step: int):
         self.seconds = config.budget_seconds
@@ -112,7 +103,6 @@ class Budget:
                     f"budget_tokens={config.budget_tokens} is less than one step of "
                     f"{tokens_per_step} tokens; raise it or lower micro_batch or grad_accum."
                 )
-        self.compile_seconds = 0.0  # expected of the next step beyond what a step takes
         self._recent: deque[float] = deque(maxlen=20)
 
     def observe(self, step_seconds: float) -> None:
@@ -141,21 +131,21 @@ class Budget:
             return (self.n_steps - step) * float(np.median(self._recent or [0.0]))
         return max(0.0, self.seconds - ledger.total)
 
-    def plan(self, step: int, ledger: Ledger) -> Plan | None:
-        """Plan the next step, or return None when the budget has no room for it.
+    def next_progress(self, step: int, ledger: Ledger) -> float | None:
+        """Return the progress of the next step, or None when the budget has no room for it.
 
-        A step is the last if no other would fit behind it, so the schedule ends where promised.
+        It is 0 on the first step and 1 on the last, so the schedule ends where promised: a step is
+        the last if no other may fit behind it (should one fit after all, it is another last one).
         Compilation is spent but is no progress: it would eat the warm-up of a short run.
         """
         if self.n_steps is not None:
             if step >= self.n_steps:
                 return None
-            is_last = step == self.n_steps - 1
-            return Plan(1.0 if is_last else step / (self.n_steps - 1), is_last)
+            return 1.0 if step == self.n_steps - 1 else step / (self.n_steps - 1)
         one, spent, compiling = self.step_seconds, ledger.total, ledger.seconds["compile"]
-        left = self.seconds - spent - self.compile_seconds
+        left = self.seconds - spent
         if left < one or left <= 0:
             return None
         if left < 2 * one:
-            return Plan(1.0, True)
-        return Plan(min((spent - compiling) / (self.seconds - compiling - one), 1.0), False)
+            return 1.0
+        return min((spent - compiling) / (self.seconds - compiling - one), 1.0)

@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmlib import checkpoint, data, runs
-from llmlib.clock import Budget, Ledger, Plan, heartbeat, last_heartbeat
+from llmlib.clock import Budget, Ledger, heartbeat, last_heartbeat
 from llmlib.config import ModelConfig, TrainConfig
 from llmlib.model import build_model
 from llmlib.optim import build_optimizer
@@ -73,7 +73,7 @@ class Progress:
     best_val_loss: float | None = None
     step_seconds: float = 0.0  # what a step takes
     compile_seconds: float = 0.0  # what the first step took beyond that
-    is_over: bool = False  # the last step was taken
+    is_over: bool = False  # the budget is spent
     seconds: dict[str, float] = field(default_factory=dict)  # the ledger
 
 
@@ -155,8 +155,8 @@ class Trainer:
         beating = heartbeat(self.ledger, self.path / "heartbeat")
         with beating if self.group.leads else contextlib.nullcontext():
             n_taken = 0
-            while (plan := self._plan()) is not None:
-                loss, norm = self._step(*next(batches), plan)
+            while (progress := self._next_progress()) is not None:
+                loss, norm = self._step(*next(batches), lr=self._lr_at(progress))
                 n_taken += 1
                 seconds = self._book_step(n_taken)
                 if n_taken == 1:
@@ -166,21 +166,22 @@ class Trainer:
                     continue
                 self.n_bad_in_a_row = 0
                 self.progress.step += 1
-                self.progress.is_over = plan.is_last
                 if self.group.leads:
-                    self._log_step(plan, loss, norm, seconds)
-                    self._save_if_due(has_improved=self._validate_if_due(plan))
+                    self._log_step(progress, loss, norm, seconds)
+                    self._save_if_due(has_improved=self._validate_if_due(progress))
         return self._finish()
 
-    def _plan(self) -> Plan | None:
-        """Take from the leader what the next step is: None when the budget is spent."""
-        plan = None if self.progress.is_over else self.budget.plan(self.progress.step, self.ledger)
-        reason = self.must_stop() if plan else None
-        mine = (plan.progress, plan.is_last, reason is not None) if plan else (-1.0, True, False)
-        progress, is_last, stops = self.group.follow_leader(*mine)
+    def _next_progress(self) -> float | None:
+        """Take from the leader how far the run is, None when the budget is spent."""
+        is_over = self.progress.is_over
+        mine = None if is_over else self.budget.next_progress(self.progress.step, self.ledger)
+        reason = None if mine is None else self.must_stop()
+        progress, stops = self.group.follow_leader(
+            -1.0 if mine is None else mine, reason is not None
+        )
         if stops:
             self._stop(reason or "the leading process was asked to stop")
-        return None if progress < 0 else Plan(progress, bool(is_last))
+        return None if progress < 0 else progress
 
     def _stop(self, reason: str) -> NoReturn:
         failure = self._save_now() if self.group.leads else None
@@ -195,7 +196,7 @@ class Trainer:
         config = self.config
         return config.lr * lr_multiplier(config.schedule, progress, config.warmup, config.final_lr)
 
-    def _step(self, inputs: Tensor, targets: Tensor, plan: Plan) -> tuple[float, float]:
+    def _step(self, inputs: Tensor, targets: Tensor, lr: float) -> tuple[float, float]:
         self.progress.data_step += 1
         while True:
             # Tried again outside of the handler, which keeps what did not fit alive.
@@ -206,7 +207,7 @@ class Trainer:
                     inputs,
                     targets,
                     micro_batch=self.micro_batch,
-                    lr=self._lr_at(plan.progress),
+                    lr=lr,
                     grad_clip=self.config.grad_clip,
                     dtype=self.dtype,
                 )
@@ -237,7 +238,6 @@ class Trainer:
         progress = self.progress
         if n_taken == 1:
             self.first_seconds = self.ledger.book("compile")
-            self.budget.compile_seconds = 0.0
             return self.first_seconds
         progress.step_seconds = self.ledger.book("training")
         self.budget.observe(progress.step_seconds)
@@ -278,17 +278,17 @@ class Trainer:
         self.n_bad_in_a_row = 0
         self._go_back()
 
-    def _validate_if_due(self, plan: Plan) -> bool:
+    def _validate_if_due(self, share: float) -> bool:
         """Validate at even shares of the budget, or as soon after as it fits; say if it is the best.
 
         The last validation is left to ``_finish``, which uses the whole split off the clock.
         """
         progress = self.progress
         progress.val_loss = None
-        due = int(plan.progress * self.config.n_evals)
+        due = int(share * self.config.n_evals)
         guess = 0.5 * self.budget.step_seconds * len(self.windows) / self.n_sequences
         fits = self.budget.fits(self.ledger, self.eval_seconds or guess)
-        if plan.is_last or due <= progress.n_evals or not fits:
+        if share == 1.0 or due <= progress.n_evals or not fits:
             return False
         result = evaluate(self.model, self.windows, self.device, self.dtype)
         self.eval_seconds = self.ledger.book("validation")
@@ -386,14 +386,12 @@ class Trainer:
         self._event(f"went back to step {self.progress.step}: {lost:.1f} s since then are lost")
 
     def _speed_up(self) -> nn.Module:
-        """Compile, if that leaves room for a step, and spread over the processes."""
-        step_seconds, compile_seconds = self.progress.step_seconds, self.progress.compile_seconds
-        fits = self.budget.fits(self.ledger, compile_seconds + step_seconds)
+        """Compile, if that leaves room for two steps, and spread over the processes."""
+        step_seconds = self.progress.step_seconds
+        fits = self.budget.fits(self.ledger, self.progress.compile_seconds + 2 * step_seconds)
         [compiles] = self.group.follow_leader(self.config.compile and fits)
         model = compile_model(self.model, self.device) if compiles else self.model
-        if compiles:
-            self.budget.compile_seconds = compile_seconds
-        elif self.config.compile:
+        if self.config.compile and not compiles:
             self._event("too little time is left for compiling: going on without")
             step_seconds *= UNCOMPILED_SLOWDOWN
         if step_seconds:
@@ -424,11 +422,11 @@ class Trainer:
 
     # ------------------------------------------------------------------ the record
 
-    def _log_step(self, plan: Plan, loss: float, norm: float, seconds: float) -> None:
+    def _log_step(self, progress: float, loss: float, norm: float, seconds: float) -> None:
         self._log(
             "step",
-            progress=plan.progress,
-            lr=self._lr_at(plan.progress),
+            progress=progress,
+            lr=self._lr_at(progress),
             loss=loss,
             grad_norm=norm,
             tokens_per_s=self.tokens_per_step / seconds,

@@ -429,6 +429,7 @@ def test_several_bad_steps_go_back_to_the_checkpoint_with_other_data(
     assert table(tmp_path).step.tolist() == list(range(1, 21))  # each once
     n_steps = n_drawn + 12
     assert drawn[:n_steps] == list(range(8, 8 + n_steps))  # never the same again
+    assert run.progress.data_step == 8 + n_steps  # nor after a crash
     assert any(e.startswith("went back to step 8") for e in events(tmp_path))
 
 
