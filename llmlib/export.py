@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from llmlib import checkpoint, runs
 from llmlib.analysis import bits_per_byte
 from llmlib.config import ModelConfig
-from llmlib.tokenizer import END_OF_TEXT, _byte_of_character, load_tokenizer
+from llmlib.tokenizer import END_OF_TEXT, byte_of_character, load_tokenizer
 
 Tensors = dict[str, torch.Tensor]
 
@@ -143,7 +143,7 @@ def _write_tokenizer(encoding: tiktoken.Encoding, seq_len: int, folder: Path) ->
         raise ValueError(
             f"tokenizer={encoding.name!r} cannot be exported; train with tokenizer='gpt2' or 'bpe'."
         )
-    spell = {byte: character for character, byte in _byte_of_character().items()}
+    spell = {byte: character for character, byte in byte_of_character().items()}
     ranks = encoding._mergeable_ranks
 
     def spelt(word: bytes) -> str:

@@ -59,7 +59,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     )
     model.train_from_iterator(texts, trainer)
     merges = json.loads(model.to_str())["model"]["merges"]
-    to_byte = _byte_of_character()
+    to_byte = byte_of_character()
     words = [bytes([i]) for i in range(256)]
     words += [bytes(to_byte[c] for c in left + right) for left, right in merges]
     return _encoding("bpe", {word: rank for rank, word in enumerate(words)})
@@ -74,7 +74,7 @@ def _encoding(name: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
     )
 
 
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """GPT-2's printable stand-ins for bytes, inverted: printable bytes stand for themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]
