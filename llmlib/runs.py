@@ -165,7 +165,7 @@ def lock(path: Path) -> Iterator[None]:
             time.sleep(0.05)
         else:
             raise Locked(
-                f"run {path.name} is being trained by {_owner(file)}; wait for it, or stop that "
+                f"run {path.name} is in use by {_owner(file)}; wait for it, or stop that "
                 "process first."
             )
         file.truncate(0)

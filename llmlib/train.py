@@ -509,7 +509,7 @@ def lock(run: Path, group: Group) -> Iterator[None]:
             except runs.Locked as error:
                 refusal = error
         if any(group.follow_leader(refusal is not None)):
-            raise refusal or runs.Locked(f"run {run.name} is being trained by another process.")
+            raise refusal or runs.Locked(f"run {run.name} is in use by another process.")
         yield
 
 

@@ -129,7 +129,7 @@ def test_second_process_on_a_run_is_refused_and_changes_nothing(
         assert {path: path.read_bytes() for path in run.iterdir()} == before
         owner = f"process {os.getpid()} on {socket.gethostname()}"
         assert runs.lock_owner(run) == owner
-    assert f"error: run {run.name} is being trained by {owner}" in capsys.readouterr().err
+    assert f"error: run {run.name} is in use by {owner}" in capsys.readouterr().err
     assert runs.lock_owner(run) is None
 
 

@@ -1,7 +1,7 @@
 """The command line, and every notebook at smoke scale, twice."""
 
 import json
-import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +11,7 @@ import papermill
 import pytest
 
 from llmlib import runs, workbook
+from llmlib.supervise import last_metrics
 
 STEMS = ["01_data_prep", "02_throughput", "03_sizing", "05_full_run", "06_loss_curves"]
 
@@ -164,25 +165,28 @@ def test_notebook_sources_are_clean_and_have_parameters():
 
 
 def test_an_interrupted_workbook_goes_on_where_it_stopped(tmp_path):
-    """Kill the command while 05 trains: the run saves itself, and the same command finishes it."""
-    arguments = ["run", "--scale", "smoke", "--runs-dir", str(tmp_path), "--only", "01,02,05"]
+    """Ctrl-C while 05 trains: the run saves itself, and the same command finishes it."""
+    arguments = ["run", "--scale", "smoke", "--runs-dir", str(tmp_path), "--only", "01,05"]
+    arguments += ["-p", "budget_tokens", "600000"]
     record = tmp_path / "05_full_run"
     runs.write_json(tmp_path / "02_throughput" / "summary.json", {"peak_flops_per_s": 1e11})
-    arguments[-1] = "01,05"
-    arguments += ["-p", "budget_tokens", "100000"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "llmlib", *arguments], stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "llmlib", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
-    deadline = time.monotonic() + 180
-    while not (record / "heartbeat").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    time.sleep(2)
-    os.kill(process.pid, 9)
-    process.wait()
+    deadline = time.monotonic() + 240
+    while last_metrics(record) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert b"goes on where this one stopped" in errors
     while runs.lock_owner(record) and time.monotonic() < deadline:
-        time.sleep(0.2)
+        time.sleep(0.1)
     assert not (record / "training.json").exists()
     assert llmlib(*arguments).returncode == 0
     result = runs.read_json(record / "training.json")
     steps = runs.read_metrics(record).query("kind == 'step'").step.tolist()
     assert steps == list(range(1, result["n_steps"] + 1))
+    assert "went back to step" in (record / "train.log").read_text()
