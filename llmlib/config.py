@@ -128,12 +128,15 @@ class TrainConfig:
     grad_accum: int = 4  # forward passes per step
     optimizer: str = "adamw"
     lr: float = 1.25e-3
+    matrix_lr: float | None = None  # Muon's, for hidden matrices; None: lr
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1  # on matrices only
-    grad_clip: float = 1.0  # largest gradient norm
+    grad_clip: float | None = 1.0  # largest gradient norm; None: no clipping
     schedule: str = "one_cycle"
     warmup: float = 0.05  # share of the budget
     final_lr: float = 0.1  # share of lr left on the last step
+    cooldown: float = 0.5  # share of the budget, for "wsd" only
+    zero_init: bool = False  # blocks start by adding nothing: output projections at zero
     seed: int = 0
     n_evals: int = 20  # validations over the whole budget
     eval_sequences: int = 1024  # at most so many, always the same
@@ -141,19 +144,23 @@ class TrainConfig:
     keep_checkpoints: int = 2  # newest ones kept, beside the best
     align_documents: bool = False  # start training windows at documents where possible
     compile: bool = True
+    snapshot_steps: tuple[int, ...] = ()  # steps whose checkpoints are kept for cool-downs
+    start_from: str | None = None  # a snapshot of another run whose weights and optimizer go on
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "snapshot_steps", tuple(self.snapshot_steps))
         budgets = {k: getattr(self, k) for k in ("budget_hours", "budget_tokens", "budget_steps")}
         given = [k for k, v in budgets.items() if v is not None]
         if len(given) != 1:
             raise ValueError(
                 f"{given or 'no budget'} given; give exactly one of {', '.join(budgets)}."
             )
-        _positive(self, *budgets, "micro_batch", "grad_accum", "lr", "grad_clip")
+        _positive(self, *budgets, "micro_batch", "grad_accum", "lr", "matrix_lr", "grad_clip")
         _positive(self, "n_evals", "eval_sequences", "checkpoint_minutes", "keep_checkpoints")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup={self.warmup} is not a share of the budget; use 0 to 0.99.")
+        for name in ("warmup", "cooldown"):
+            if not 0 <= (share := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={share} is not a share of the budget; use 0 to 0.99.")
 
     @property
     def budget_seconds(self) -> float | None:
