@@ -63,40 +63,28 @@ def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path
 def newest_valid(folder: Path) -> Path | None:
     """Find the newest checkpoint whose files agree with their hashes; warn about the others."""
     for path in reversed(all_checkpoints(folder)):
-        damage = _damage(path)
-        if damage is None:
-            return path
+        try:
+            record = runs.read_json(path / "state.json")
+            if _hashes(path, record["state"]) == record["sha256"]:
+                return path
+            damage = "its files do not agree with their hashes"
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            damage = f"it is incomplete ({type(error).__name__}: {error})"
         warnings.warn(f"checkpoint {path.name} is skipped: {damage}.", stacklevel=2)
     return None
 
 
-def _damage(path: Path) -> str | None:
-    try:
-        record = runs.read_json(path / "state.json")
-        if _state_hash(record["state"]) != record["sha256"].pop("state"):
-            return "state.json is damaged"
-        for name, digest in record["sha256"].items():
-            if _file_hash(path / name) != digest:
-                return f"{name} is damaged"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"it is incomplete ({type(error).__name__}: {error})"
-    return None
-
-
-def _file_hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _state_hash(state: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(state).encode()).hexdigest()
+def _hashes(path: Path, state: dict[str, Any]) -> dict[str, str]:
+    hashes = {"state": hashlib.sha256(json.dumps(state).encode()).hexdigest()}
+    for name in ("weights.safetensors", "optimizer.safetensors"):
+        with open(path / name, "rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 def all_checkpoints(folder: Path) -> list[Path]:
     """List finished checkpoints by step."""
-    if not folder.exists():
-        return []
-    return sorted((p for p in folder.iterdir() if p.name.isdigit()), key=lambda p: int(p.name))
+    return sorted((p for p in folder.glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
 
 
 def write(folder: Path, weights: Tensors, optimizer: Tensors, state: dict[str, Any]) -> Path:
@@ -106,13 +94,11 @@ def write(folder: Path, weights: Tensors, optimizer: Tensors, state: dict[str, A
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        hashes = {"state": _state_hash(state)}
         for name, tensors in (("weights", weights), ("optimizer", optimizer)):
-            path = temporary / f"{name}.safetensors"
-            save_file(tensors, path)
-            sync(path)
-            hashes[path.name] = _file_hash(path)
-        runs.write_json(temporary / "state.json", {"state": state, "sha256": hashes})
+            save_file(tensors, temporary / f"{name}.safetensors")
+            sync(temporary / f"{name}.safetensors")
+        record = {"state": state, "sha256": _hashes(temporary, state)}
+        runs.write_json(temporary / "state.json", record)
         sync(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -131,8 +131,10 @@ class Budget:
             return (self.n_steps - step) * float(np.median(self._recent or [0.0]))
         return max(0.0, self.seconds - ledger.total)
 
-    def next_progress(self, step: int, ledger: Ledger) -> float | None:
+    def next_progress(self, step: int, ledger: Ledger, n_in_flight: int = 0) -> float | None:
         """Return the progress of the next step, or None when the budget has no room for it.
+
+        Steps in flight have been asked of the device and are not over yet.
 
         It is 0 on the first step and 1 on the last, so the schedule ends where promised: a step is
         the last if no other may fit behind it (should one fit after all, it is another last one).
@@ -142,7 +144,8 @@ class Budget:
             if step >= self.n_steps:
                 return None
             return 1.0 if step == self.n_steps - 1 else step / (self.n_steps - 1)
-        one, spent, compiling = self.step_seconds, ledger.total, ledger.seconds["compile"]
+        one, compiling = self.step_seconds, ledger.seconds["compile"]
+        spent = ledger.total + n_in_flight * one
         left = self.seconds - spent
         if left < one or left <= 0:
             return None

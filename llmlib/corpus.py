@@ -14,10 +14,11 @@ import re
 import sysconfig
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 from urllib.parse import unquote
 
 from llmlib.config import DataConfig
@@ -27,26 +28,32 @@ FILES_PER_SHARD = 256  # text files that make one shard
 ROWS_PER_READ = 64  # so that even rows of a megabyte need little memory
 FOOTERS_AT_ONCE = 16  # parquet footers read in parallel, for a data set of many remote files
 DOMAIN = "redpajama_set_name"  # the field of ``meta`` that names it
-HUB_ADDRESS = re.compile(r"hf://datasets/([^@]+)@([^/]+)/(.+)")
+NOT_SOURCES = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
+GENERATED = {"encodings"}  # code pages of the standard library
 
 
-Row = tuple[bytes | None, str]  # the text of a document as it is stored (None: null), its domain
-
-
-class Document(NamedTuple):
-    text: str | None  # None: null in the source
+@dataclass(frozen=True)
+class Document:
+    raw: bytes | None  # as it is stored; None: null
     domain: str
-    n_bytes: int = 0
-    is_valid: bool = True  # False: bytes that were not UTF-8 were replaced
+
+    @cached_property
+    def text(self) -> str:
+        """The text; bytes that are not UTF-8 become U+FFFD."""
+        return (self.raw or b"").decode(errors="replace")
+
+    @property
+    def is_utf8(self) -> bool:
+        return "\ufffd" not in self.text or self.text.encode() == self.raw
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One unit of work: a data file that ``datasets`` reads, or a list of text files."""
+    """One unit of work: a data file, or a list of text files."""
 
     name: str
     url: str = ""  # local path or hf:// address
-    format: str = "text"  # "parquet", "json" or "text"
+    format: str = "text"  # the builder of ``datasets`` that reads it
     files: tuple[tuple[str, str], ...] = ()  # (path, domain) of text files
     is_cut: bool = False  # one long text, cut into documents
 
@@ -64,20 +71,19 @@ def open_corpus(config: DataConfig) -> Corpus:
     """Resolve ``config.corpus`` to shards without reading their text."""
     if config.corpus == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        return _text_corpus("stdlib", root, _stdlib_files(root))
+        return _text_corpus("stdlib", root, list(_stdlib_files(root)))
     path = Path(config.corpus).expanduser()
-    if path.is_file() and _format(path.name) == "text":
+    if path.is_file() and _is_text(path):
         shard = Shard("train-00000", files=((str(path), path.stem),), is_cut=True)
         return Corpus(config.corpus, None, [shard])
-    if path.is_dir() and not any(_format(p.name) in ("parquet", "json") for p in path.rglob("*.*")):
-        hidden = (p for p in path.rglob("*") if not _is_hidden(p.relative_to(path)))
-        return _text_corpus(config.corpus, path, [p for p in hidden if p.is_file()])
+    if path.is_dir() and all(map(_is_text, files := _visible_files(path))):
+        return _text_corpus(config.corpus, path, files)
     if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", config.corpus):
         raise ValueError(
             f"corpus={config.corpus!r} does not exist; give a file, a folder, a hub id such as "
             "'DKYoon/SlimPajama-6B', or 'stdlib'."
         )
-    return _datasets_corpus(config, path if path.exists() else None)
+    return _datasets_corpus(config, path)
 
 
 def _text_corpus(name: str, root: Path, paths: list[Path]) -> Corpus:
@@ -95,49 +101,28 @@ def _text_corpus(name: str, root: Path, paths: list[Path]) -> Corpus:
     return Corpus(name, None, shards, n_documents=len(files))
 
 
-def _stdlib_files(root: Path) -> list[Path]:
-    """List the standard library's sources; tests and generated code pages are left out."""
-    skip = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"}
-    found = []
+def _stdlib_files(root: Path) -> Iterator[Path]:
+    """List the standard library's sources; tests and generated files are left out."""
     for folder, folders, names in os.walk(root):
-        folders[:] = set(folders) - skip - {"encodings"}
-        if not Path(folder).relative_to(root).as_posix().startswith("config-"):
-            found += [Path(folder, name) for name in names if name.endswith(".py")]
-    return found
+        folders[:] = set(folders) - NOT_SOURCES - GENERATED
+        if not Path(folder).name.startswith("config-"):
+            yield from (Path(folder, name) for name in names if name.endswith(".py"))
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _visible_files(root: Path) -> list[Path]:
+    paths = ((p, p.relative_to(root).parts) for p in root.rglob("*") if p.is_file())
+    return [path for path, parts in paths if not any(part[0] == "." for part in parts)]
 
 
-def _format(name: str) -> str:
-    suffixes = [s.lower() for s in Path(name).suffixes]
-    if ".parquet" in suffixes:
-        return "parquet"
-    return "json" if {".json", ".jsonl"} & set(suffixes) else "text"
+def _is_text(path: Path) -> bool:
+    return not {".parquet", ".json", ".jsonl"} & {suffix.lower() for suffix in path.suffixes}
 
 
-def _datasets_corpus(config: DataConfig, path: Path | None) -> Corpus:
-    import datasets
-
-    try:
-        if path is not None and path.is_file():
-            builder = datasets.load_dataset_builder(
-                _format(path.name), data_files={"train": [str(path)]}
-            )
-        else:
-            builder = datasets.load_dataset_builder(
-                str(path or config.corpus), config.subset, revision=config.revision
-            )
-    except Exception as error:  # the library raises many kinds; all mean the same to a reader
-        raise ValueError(
-            f"corpus={config.corpus!r} (subset {config.subset!r}, revision {config.revision!r}) "
-            f"could not be opened: {_first_line(error)} Check the name and the network, or give a "
-            "local folder that holds the same files."
-        ) from error
+def _datasets_corpus(config: DataConfig, path: Path) -> Corpus:
+    builder = _builder(config, path)
     splits = {
         str(split): [
-            Shard(f"{split}-{i:05d}", url=str(url), format=_format(str(url)))
+            Shard(f"{split}-{i:05d}", url=str(url), format=builder.name)
             for i, url in enumerate(urls)
         ]
         for split, urls in (builder.config.data_files or {}).items()
@@ -146,43 +131,51 @@ def _datasets_corpus(config: DataConfig, path: Path | None) -> Corpus:
         raise ValueError(
             f"corpus={config.corpus!r} has no train split; its splits: {', '.join(splits)}."
         )
+    train = splits.pop("train")
+    commit = re.match(r"hf://datasets/[^@]+@([^/]+)/", train[0].url)
+    revision = unquote(commit[1]) if commit else config.revision
     declared = (builder.info.splits or {}).get("train")
-    return Corpus(
-        name=config.corpus,
-        revision=_revision(splits["train"][0].url, config.revision),
-        train=splits.pop("train"),
-        official=splits,
-        n_documents=declared.num_examples if declared else None,
-    )
+    return Corpus(config.corpus, revision, train, splits, declared and declared.num_examples)
 
 
-def _revision(url: str, asked: str | None) -> str | None:
-    """The commit that hub addresses carry (hf://datasets/owner/name@commit/path)."""
-    found = HUB_ADDRESS.match(url)
-    return unquote(found.group(2)) if found else asked
+def _builder(config: DataConfig, path: Path) -> Any:
+    """Let ``datasets`` find the files of a hub data set, of a folder, or of one file."""
+    import datasets
+
+    what = f"corpus={config.corpus!r} (subset {config.subset!r}, revision {config.revision!r})"
+    remedy = "Check the name and the network, or give a local folder that holds the same files."
+    with _explaining(f"{what} could not be opened", remedy):
+        if path.is_file():
+            name = "parquet" if ".parquet" in path.name.lower() else "json"
+            return datasets.load_dataset_builder(name, data_files={"train": [str(path)]})
+        return datasets.load_dataset_builder(str(path), config.subset, revision=config.revision)
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".") + "."
+@contextmanager
+def _explaining(what: str, remedy: str) -> Iterator[None]:
+    """Turn an error into one that a reader can act on; libraries raise many kinds."""
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(f"{what}: {reason}. {remedy}") from error
+
+
+def _reading(shard: Shard) -> AbstractContextManager:
+    what = f"shard {shard.name} ({shard.url or 'text files'}) could not be read"
+    return _explaining(what, "Mend or replace the file and run again: finished shards are kept.")
 
 
 def fetch(shard: Shard) -> Shard:
     """Download a hub shard into the Hugging Face cache, resuming where a connection dropped."""
-    address = HUB_ADDRESS.match(shard.url)
-    if not address:
+    if not shard.url.startswith("hf://"):
         return shard
-    from huggingface_hub import hf_hub_download
+    import datasets
 
-    name, revision, file = address.groups()
-    try:
-        local = hf_hub_download(name, file, repo_type="dataset", revision=unquote(revision))
-    except Exception as error:
-        raise ValueError(
-            f"shard {shard.name} ({file}) could not be downloaded: {_first_line(error)} "
-            "Run again: finished shards are kept."
-        ) from error
-    return replace(shard, url=local)
+    what = f"shard {shard.name} ({shard.url}) could not be downloaded"
+    with _explaining(what, "Run again: finished shards are kept."):
+        local = datasets.DownloadManager(record_checksums=False).download(shard.url)
+    return replace(shard, url=str(local))
 
 
 def count_documents(corpus: Corpus) -> int:
@@ -195,48 +188,25 @@ def count_documents(corpus: Corpus) -> int:
 
 def _count(shard: Shard) -> int:
     if shard.format != "parquet":
-        return sum(1 for _ in read_rows(fetch(shard)))
+        return sum(1 for _ in read_documents(fetch(shard)))
     import fsspec
     import pyarrow.parquet as pq
 
-    with _naming(shard), fsspec.open(shard.url, "rb") as file:  # reads no more than the footer
+    with _reading(shard), fsspec.open(shard.url, "rb") as file:  # reads no more than the footer
         return pq.ParquetFile(file).metadata.num_rows
 
 
-@contextmanager
-def _naming(shard: Shard) -> Iterator[None]:
-    """Say which shard could not be read; readers raise many kinds of errors."""
-    try:
-        yield
-    except (ColumnError, MemoryError):
-        raise
-    except Exception as error:
-        raise ValueError(
-            f"shard {shard.name} ({shard.url or 'text files'}) could not be read: "
-            f"{_first_line(error)} Delete the file and fetch it again; finished shards are kept."
-        ) from error
-
-
-class ColumnError(ValueError):
-    """The corpus has no column of documents."""
-
-
 def read_documents(shard: Shard) -> Iterator[Document]:
-    """Yield the documents of a local shard in order."""
-    return (decode(*row) for row in read_rows(shard))
-
-
-def read_rows(shard: Shard) -> Iterator[Row]:
-    """Yield the rows of a local shard in order, holding a few at a time."""
-    with _naming(shard):
+    """Yield the documents of a local shard in order, holding a few at a time."""
+    with _reading(shard):
         if shard.is_cut:
             [(path, domain)] = shard.files
-            yield from ((piece, domain) for piece in _pieces(Path(path)))
+            yield from (Document(piece, domain) for piece in _pieces(Path(path)))
         elif shard.files:
-            yield from ((Path(path).read_bytes(), domain) for path, domain in shard.files)
+            yield from (Document(Path(path).read_bytes(), domain) for path, domain in shard.files)
         else:
             for table in _tables(shard):
-                yield from _rows(table)
+                yield from map(Document, *_columns(table))
 
 
 def _tables(shard: Shard) -> Iterator:
@@ -245,8 +215,9 @@ def _tables(shard: Shard) -> Iterator:
 
         # Buffered and without read-ahead: one huge row group takes no more memory than many.
         with pq.ParquetFile(shard.url, buffer_size=1 << 20, pre_buffer=False) as file:
-            columns = [c for c in ("text", "meta") if c in file.schema_arrow.names]
-            _require_text(file.schema_arrow.names)
+            columns = file.schema_arrow.names  # all, for the error message, if there is no text
+            if "text" in columns:
+                columns = [name for name in columns if name in ("text", "meta")]
             yield from file.iter_batches(ROWS_PER_READ, columns=columns)
     else:
         import datasets
@@ -257,36 +228,23 @@ def _tables(shard: Shard) -> Iterator:
         yield from rows.with_format("arrow").iter(batch_size=ROWS_PER_READ)
 
 
-def _require_text(columns: list[str]) -> None:
-    if "text" not in columns:
-        raise ColumnError(
-            f"the corpus has no 'text' column (it has {', '.join(columns)}); rename the column that "
-            "holds the documents."
-        )
-
-
-def _rows(table) -> Iterator[Row]:
+def _columns(table) -> tuple[list[bytes | None], list[str]]:
+    """Take texts and domains out of an Arrow table."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    _require_text(table.schema.names)
+    if "text" not in table.schema.names:
+        raise ValueError(
+            f"it has no 'text' column (it has {', '.join(table.schema.names)}); rename the one that "
+            "holds the documents"
+        )
     texts = table.column("text").cast(pa.binary()).to_pylist()
     domains: list = [None] * len(texts)
     if "meta" in table.schema.names:
         meta = table.column("meta")
         if pa.types.is_struct(meta.type) and meta.type.get_field_index(DOMAIN) >= 0:
             domains = pc.struct_field(meta, DOMAIN).to_pylist()
-    yield from ((text, domain or "all") for text, domain in zip(texts, domains, strict=True))
-
-
-def decode(raw: bytes | None, domain: str) -> Document:
-    """Turn a row into a document; bytes that are not UTF-8 become U+FFFD."""
-    if raw is None:
-        return Document(None, domain)
-    try:
-        return Document(raw.decode(), domain, len(raw))
-    except UnicodeDecodeError:
-        return Document(raw.decode(errors="replace"), domain, len(raw), is_valid=False)
+    return texts, [domain or "all" for domain in domains]
 
 
 def _pieces(path: Path) -> Iterator[bytes]:

@@ -1,7 +1,6 @@
-"""Token files to batches.
+"""Token files, as ``prepare`` writes them, to batches.
 
-Batches are a pure function of (seed, step, rank), so resuming means knowing the step. ``prepare``
-writes the files and the manifest that this module reads.
+Batches are a pure function of (seed, step, rank), so resuming means knowing the step.
 """
 
 from __future__ import annotations
@@ -31,20 +30,17 @@ class Tokens:
     lengths: tuple[int, ...]
     dtype: str
 
-    @property
-    def n_tokens(self) -> int:
-        return sum(self.lengths)
-
-    def map(self, file: int) -> np.ndarray:
+    def read(self, file: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Map a file; what was read of it leaves memory with the last view of the result."""
-        return np.asarray(np.memmap(self.folder / self.files[file], dtype=self.dtype, mode="r"))
+        path = self.folder / self.files[file]
+        return np.asarray(np.memmap(path, dtype=self.dtype, mode="r"))[start:stop]
 
-    def read(self, file: int, start: int, stop: int) -> np.ndarray:
-        return self.map(file)[start:stop]
+    def streams(self) -> Iterator[np.ndarray]:
+        return map(self.read, range(len(self.files)))
 
 
 def open_split(folder: Path, split: str) -> Tokens:
-    """Open a prepared split: "train", "val" (the organisers' held-out documents), or an official one."""
+    """Open a prepared split: "train", "val" (documents held out of it), or an official one."""
     manifest = load_manifest(folder)
     if split not in manifest["splits"]:
         raise ValueError(
@@ -59,12 +55,8 @@ def open_split(folder: Path, split: str) -> Tokens:
                 f"{shard['file']} is missing or has another size than its manifest says; "
                 "run 01_data_prep with verify=True, which rebuilds it."
             )
-    return Tokens(
-        folder,
-        tuple(shard["file"] for shard in shards),
-        tuple(shard["n_tokens"] for shard in shards),
-        manifest["dtype"],
-    )
+    files, lengths = (tuple(shard[key] for shard in shards) for key in ("file", "n_tokens"))
+    return Tokens(folder, files, lengths, manifest["dtype"])
 
 
 def load_manifest(folder: Path) -> dict[str, Any]:
@@ -93,17 +85,17 @@ class Batches:
     ):
         self.tokens, self.seq_len, self.n_sequences, self.seed = tokens, seq_len, n_sequences, seed
         starts = [
-            _aligned_starts(tokens.read(i, 0, n), seq_len, end_of_text)
+            _aligned_starts(stream, seq_len, end_of_text)
             if align_documents
-            else np.arange(0, n - seq_len, seq_len)
-            for i, n in enumerate(tokens.lengths)
+            else np.arange(0, len(stream) - seq_len, seq_len)
+            for stream in tokens.streams()
         ]
         self.starts = np.concatenate(starts)
         self.first_of_file = np.cumsum([0] + [len(s) for s in starts])
         self.n_windows = len(self.starts)
         if self.n_windows == 0:
             raise ValueError(
-                f"{tokens.n_tokens} tokens are too few for one window of {seq_len + 1}; "
+                f"{sum(tokens.lengths)} tokens are too few for one window of {seq_len + 1}; "
                 "bring more text or lower seq_len."
             )
         self._permutation = lru_cache(maxsize=2)(self._permute)
@@ -121,22 +113,14 @@ class Batches:
         self, step: int, *, rank: int = 0, world_size: int = 1
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Read this rank's share of a step: inputs and targets, each (n_sequences / world_size, T)."""
-        if self.n_sequences % world_size:
-            raise ValueError(
-                f"n_sequences={self.n_sequences} cannot be shared by world_size={world_size}; make it "
-                f"a multiple of {world_size}."
-            )
         share = self.n_sequences // world_size
         mine = self.indices(step)[rank * share : (rank + 1) * share]
-        windows = self._read(mine).astype(np.int64)
-        both = torch.from_numpy(windows)
+        files = (np.searchsorted(self.first_of_file, mine, side="right") - 1).tolist()
+        streams = {file: self.tokens.read(file) for file in set(files)}
+        pairs = zip(files, self.starts[mine].tolist(), strict=True)
+        windows = np.stack([streams[f][start : start + self.seq_len + 1] for f, start in pairs])
+        both = torch.from_numpy(windows.astype(np.int64))
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
-
-    def _read(self, indices: np.ndarray) -> np.ndarray:
-        files = np.searchsorted(self.first_of_file, indices, side="right") - 1
-        mapped = {file: self.tokens.map(file) for file in set(files.tolist())}
-        pairs = zip(files.tolist(), self.starts[indices].tolist(), strict=True)
-        return np.stack([mapped[file][start : start + self.seq_len + 1] for file, start in pairs])
 
 
 def _aligned_starts(tokens: np.ndarray, seq_len: int, end_of_text: int | None) -> np.ndarray:
@@ -171,7 +155,7 @@ def prefetch(
 
 def eval_windows(tokens: Tokens, seq_len: int, n_sequences: int | None = None) -> np.ndarray:
     """Read non-overlapping windows (n, seq_len + 1) of a held-out split, evenly spread, always the same."""
-    stream = np.concatenate([tokens.read(i, 0, n) for i, n in enumerate(tokens.lengths)])
+    stream = np.concatenate([*tokens.streams()])
     if len(stream) <= seq_len:
         raise ValueError(
             f"the validation split has {len(stream)} tokens, too few for one window of {seq_len + 1}; "
@@ -189,14 +173,14 @@ def _windows(stream: np.ndarray, seq_len: int, n_sequences: int | None = None) -
 
 def read_domain(folder: Path, split: str, domain: str) -> np.ndarray:
     """Read the tokens of one domain's documents in a held-out split, in order."""
-    tokens, parts = open_split(folder, split), []
     shards = [shard for shard in load_manifest(folder)["splits"][split] if shard["n_tokens"]]
-    for i, shard in enumerate(shards):
+    parts = []
+    for shard, stream in zip(shards, open_split(folder, split).streams(), strict=True):
         if "documents" not in shard:
             raise ValueError(f"split={split!r} does not list its documents; choose a held-out one.")
-        is_wanted = [document[1] == domain for document in shard["documents"]]
-        counts = [document[3] for document in shard["documents"]]
-        parts.append(tokens.read(i, 0, tokens.lengths[i])[np.repeat(is_wanted, counts)])
+        is_wanted = [entry[1] == domain for entry in shard["documents"]]
+        n_tokens = [entry[3] for entry in shard["documents"]]
+        parts.append(stream[np.repeat(is_wanted, n_tokens)])
     return np.concatenate(parts)
 
 
@@ -210,31 +194,32 @@ def domain_windows(folder: Path, split: str, seq_len: int) -> dict[str, np.ndarr
 
 def shared_documents(folder: Path) -> pd.DataFrame:
     """Count the documents (by the hash of their tokens) of one split that another one holds too."""
-    names = list(load_manifest(folder)["splits"])
-    heldout = {name: set(_document_hashes(folder, name)) for name in names if name != "train"}
-    n_shared = {(a, b): len(heldout[a] & heldout[b]) for a, b in combinations(heldout, 2)}
-    n_shared |= {("train", name): 0 for name in heldout}
+    names = [name for name in load_manifest(folder)["splits"] if name != "train"]
+    heldout = {name: set(_document_hashes(folder, name)) for name in names}
+    n_shared = {(a, b): len(heldout[a] & heldout[b]) for a, b in combinations(names, 2)}
+    n_shared |= {("train", name): 0 for name in names}
     for digest in _document_hashes(folder, "train"):
-        for name, known in heldout.items():
-            n_shared["train", name] += digest in known
+        for name in names:
+            n_shared["train", name] += digest in heldout[name]
     return pd.DataFrame(
         [(*pair, n) for pair, n in n_shared.items()], columns=["split", "other", "n_shared"]
     )
 
 
 def _document_hashes(folder: Path, split: str) -> Iterator[bytes]:
-    tokens = open_split(folder, split)
-    end_of_text = load_manifest(folder)["tokenizer"]["end_of_text"]
-    for i, length in enumerate(tokens.lengths):
-        stream, start = tokens.read(i, 0, length), 0
-        for stop in (np.flatnonzero(stream == end_of_text) + 1).tolist():
+    for stream in open_split(folder, split).streams():
+        start = 0
+        for stop in _ends(folder, stream).tolist():
             yield hashlib.blake2b(stream[start:stop].tobytes(), digest_size=16).digest()
             start = stop
 
 
+def _ends(folder: Path, stream: np.ndarray) -> np.ndarray:
+    """Find where documents end: behind each end of text."""
+    return np.flatnonzero(stream == load_manifest(folder)["tokenizer"]["end_of_text"]) + 1
+
+
 def document_lengths(folder: Path, split: str) -> pd.DataFrame:
     """Measure the documents of a split's first token file [tokens, end of text included]."""
-    tokens = open_split(folder, split)
-    end_of_text = load_manifest(folder)["tokenizer"]["end_of_text"]
-    ends = np.flatnonzero(tokens.read(0, 0, tokens.lengths[0]) == end_of_text) + 1
+    ends = _ends(folder, open_split(folder, split).read(0))
     return pd.DataFrame({"tokens": np.diff(ends, prepend=0)})

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +35,18 @@ def export(run: Path, folder: Path) -> Path:
             f"run {str(run)!r} has no training.json, so it is not finished; run the command that "
             "started it again, or give the folder of a finished run."
         )
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{str(folder)!r} exists and is not an empty folder; name a new one.")
     config = ModelConfig(**runs.read_json(run / "config.json")["model"])
     encoding = load_tokenizer(run / "tokenizer.json")
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        _write_tokenizer(encoding, config.seq_len, temporary)
-        _write_model(load_file(run / "model.safetensors"), config, encoding, temporary)
-        runs.write_atomic(temporary / "README.md", model_card(run, folder.name))
-        os.replace(temporary, folder)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        aside = Path(scratch, folder.name)
+        aside.mkdir()
+        _write_tokenizer(encoding, config.seq_len, aside)
+        _write_model(load_file(run / "model.safetensors"), config, encoding, aside)
+        runs.write_atomic(aside / "README.md", model_card(run, folder.name))
+        os.replace(aside, folder)
     return folder
 
 
@@ -66,13 +63,8 @@ def _write_model(
     checkpoint.sync(path)
     end_of_text = encoding.encode_single_token(END_OF_TEXT)
     ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
-    shared = {
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.02,
-        "torch_dtype": "float32",
-    }
-    runs.write_json(folder / "config.json", shape | shared | ends)
+    shape |= {"vocab_size": config.vocab_size, "tie_word_embeddings": True}
+    runs.write_json(folder / "config.json", shape | {"torch_dtype": "float32"} | ends)
     path.chmod((folder / "config.json").stat().st_mode)  # safetensors keeps it to its owner
     padding = list(range(encoding.n_vocab, config.vocab_size))  # rows that stand for no token
     generation = ends | {"pad_token_id": end_of_text, "suppress_tokens": padding or None}
@@ -88,13 +80,8 @@ def _llama(weights: Tensors, config: ModelConfig) -> tuple[Tensors, dict[str, An
         "intermediate_size": config.d_ff,
         "num_hidden_layers": config.n_layer,
         "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_head,
-        "head_dim": config.d_head,
         "max_position_embeddings": config.seq_len,
         "rms_norm_eps": config.norm_eps,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
         "rope_theta": config.rope_theta,  # read by transformers 4
         "rope_parameters": rope,  # by 5
     }
@@ -127,9 +114,7 @@ def _gpt2(weights: Tensors, config: ModelConfig) -> tuple[Tensors, dict[str, Any
         "n_layer": config.n_layer,
         "n_head": config.n_head,
         "n_positions": config.seq_len,
-        "n_ctx": config.seq_len,
         "layer_norm_epsilon": config.norm_eps,
-        "activation_function": "gelu_new",
     } | dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
 
 

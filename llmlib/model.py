@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from llmlib.config import ModelConfig
 
+LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**29}  # in memory: little more than a CPU's caches hold
+
 
 class LanguageModel(nn.Module):
     """What both architectures share: the tied head and the loss."""
@@ -35,10 +37,10 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return logits (B, T, V), or the mean loss [nats/token] if targets (B, T) are given."""
-        logits = F.linear(self.hidden(tokens), self.embed_tokens.weight)
+        hidden, head = self.hidden(tokens), self.embed_tokens.weight
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return F.linear(hidden, head)
+        return LinearCrossEntropy.apply(hidden.flatten(0, 1), head, targets.flatten())
 
     def next_logits(self, tokens: Tensor, caches: list[Cache]) -> Tensor:
         """Read tokens (B, T) after those in the caches; return the logits (B, V) of the next."""
@@ -46,6 +48,41 @@ class LanguageModel(nn.Module):
 
     def new_caches(self) -> list[Cache]:
         return [Cache(self.config, self.embed_tokens.weight) for _ in range(self.config.n_layer)]
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Mean cross-entropy of hidden (n, d_model) times head (V, d_model), without all logits at once.
+
+    Each chunk of rows forms its gradients while its logits are at hand, so nothing is computed twice
+    and memory never holds (n, V) logits (Liger, arXiv:2410.10989). Products run in the autocast data
+    type; softmax, loss and sums are fp32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        device = hidden.device.type
+        is_mixed = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if is_mixed else head.dtype
+        with torch.autocast(device, enabled=False):
+            low_head = head.to(dtype)
+            losses, d_hidden, d_head = [], [], 0.0
+            n_rows = 2 ** int(math.log2(max(LOGITS_AT_ONCE[device] // len(head), 1)))
+            for x, y in zip(hidden.to(dtype).split(n_rows), targets.split(n_rows), strict=True):
+                logits = (x @ low_head.t()).float()
+                log_z = logits.logsumexp(-1, keepdim=True)
+                losses.append((log_z - logits.gather(1, y[:, None])).sum())
+                is_target = torch.arange(len(head), device=y.device) == y[:, None]
+                d_logits = ((logits - log_z).exp() - is_target.float()).to(dtype)
+                d_hidden.append(d_logits @ low_head)
+                d_head = d_head + (d_logits.t() @ x).float()
+        n = len(hidden)
+        ctx.save_for_backward((torch.cat(d_hidden) / n).type_as(hidden), d_head / n)
+        return torch.stack(losses).sum() / n
+
+    @staticmethod
+    def backward(ctx, d_loss: Tensor) -> tuple[Tensor, Tensor, None]:
+        d_hidden, d_head = ctx.saved_tensors
+        return d_loss * d_hidden, d_loss * d_head, None
 
 
 class Cache:
@@ -214,12 +251,23 @@ def init_weights(model: LanguageModel) -> None:
     std_residual = 0.02 / math.sqrt(2 * model.config.n_layer)
     for name, param in model.named_parameters():
         if param.dim() >= 2:
-            is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            param.normal_(0.0, std_residual if is_residual else 0.02)
+            param.normal_(0.0, std_residual if is_residual(name) else 0.02)
 
 
-def build_model(config: ModelConfig, *, seed: int = 0) -> LanguageModel:
-    """Build and initialise a model on the CPU in fp32; the same seed gives the same weights."""
+def is_residual(name: str) -> bool:
+    """Say whether a parameter of this name writes to the residual stream."""
+    return name.endswith(("o_proj.weight", "down_proj.weight"))
+
+
+def build_model(config: ModelConfig, *, seed: int = 0, zero_init: bool = False) -> LanguageModel:
+    """Build and initialise a model on the CPU in fp32; the same seed gives the same weights.
+
+    With ``zero_init``, the matrices that write to the residual stream start at zero.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return {"llama": Llama, "gpt2": GPT2}[config.arch](config)
+        model = {"llama": Llama, "gpt2": GPT2}[config.arch](config)
+    for name, param in model.named_parameters():
+        if zero_init and is_residual(name):
+            nn.init.zeros_(param)
+    return model

@@ -11,13 +11,10 @@ import errno
 import hashlib
 import math
 import os
-import shutil
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import replace
-from itertools import chain
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,88 +22,97 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from llmlib import runs
+from llmlib import runs, tokenizer
 from llmlib.config import DataConfig, to_json
 from llmlib.corpus import (
     Corpus,
-    Row,
+    Document,
     Shard,
     count_documents,
-    decode,
     fetch,
     open_corpus,
     read_documents,
-    read_rows,
-)
-from llmlib.tokenizer import (
-    DocumentEncoder,
-    load_tiktoken,
-    load_tokenizer,
-    save_tokenizer,
-    tokenizer_hash,
-    train_bpe,
 )
 
 BPE_TRAINING_BYTES = 40_000_000  # text that a trained tokenizer sees
 JOB_BYTES = 500_000  # text per job: enough to hide what Python adds, little enough to share out
+
+Marker = dict[str, Any]  # what is written about a finished token file
+Entry = list  # a document: [index, domain, bytes, tokens]
 
 
 def prepare(config: DataConfig, folder: Path, *, n_workers: int | None = None) -> dict[str, Any]:
     """Tokenise a corpus into ``folder`` and return its manifest; what is finished is kept."""
     if (folder / "manifest.json").exists():
         manifest = runs.read_json(folder / "manifest.json")
-        _refuse_other_source(folder, manifest["source"]["config"], to_json(config))
+        _refuse_other_config(folder, manifest["source"]["config"], to_json(config))
         return manifest
-    with _explaining_full_disk(folder):
+    try:
         folder.mkdir(parents=True, exist_ok=True)
         with runs.lock(folder):
-            return _prepare(config, folder, n_workers)
+            return _prepare(config, folder, n_workers or n_cores())
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise ValueError(
+            f"the disk is full while writing tokens to {folder}; free some space (2 bytes per token, "
+            "4 for a large vocabulary) and run again: finished shards are kept."
+        ) from error
 
 
-def _prepare(config: DataConfig, folder: Path, n_workers: int | None) -> dict[str, Any]:
+def _prepare(config: DataConfig, folder: Path, n_workers: int) -> dict[str, Any]:
     source, corpus = _claim(config, folder)
     heldout = heldout_documents(source["n_documents"], config.test_size, config.split_seed)
-    heldout_set = set(heldout.tolist())
-    encoding = _tokenizer(config, corpus, heldout_set, folder)
-    with Encoder(encoding, folder, config.n_tokens, source["n_documents"], n_workers) as encoder:
-        shards, n_seen = [], 0
-        for shard in corpus.train:
-            shards.append(encoder.encode(shard, n_seen, heldout_set))
-            n_seen += shards[-1]["n_rows"]
-            if config.n_tokens is not None and encoder.n_tokens >= config.n_tokens:
-                break
-        n_tokens = encoder.n_tokens
-        official = {
-            split: encoder.encode_official(shards) for split, shards in corpus.official.items()
-        }
-    if len(shards) == len(corpus.train) and n_seen != source["n_documents"]:
-        raise ValueError(
-            f"corpus={config.corpus!r} declares {source['n_documents']} documents but holds {n_seen}; "
-            "its split cannot be trusted. Fetch it again, or give the files as a local folder."
-        )
-    val = _write_val(folder, encoder.documents.dtype, shards, heldout)
-    if n_tokens == 0 or val["n_tokens"] == 0:
-        raise ValueError(
-            f"corpus={config.corpus!r} holds no text for {'training' if val['n_tokens'] else 'validation'}"
-            f" ({n_seen} documents, test_size={config.test_size}); bring more text or raise test_size."
-        )
+    encoding = _tokenizer(config, corpus, set(heldout), folder)
+    encoder = tokenizer.DocumentEncoder(encoding)
+    bar, unit = _progress(source["n_documents"], config.n_tokens)
+    with ThreadPoolExecutor(n_workers) as pool, bar:
+        writer = Writer(encoder, folder, pool, n_workers, bar, unit)
+        train = writer.write_split(corpus.train, set(heldout), config.n_tokens)
+        official = {name: writer.write_split(shards) for name, shards in corpus.official.items()}
+    n_tokens = _total(train, "n_tokens")
     manifest = {
         "source": source,
         "tokenizer": {
             "name": encoding.name,
             "vocab_size": encoding.n_vocab,
-            "end_of_text": encoder.documents.end_of_text,
-            "sha256": tokenizer_hash(encoding),
+            "end_of_text": encoder.end_of_text,
+            "sha256": tokenizer.tokenizer_hash(encoding),
         },
-        "dtype": encoder.documents.dtype.str,
+        "dtype": encoder.dtype.str,
         "n_tokens": n_tokens,
-        "n_heldout_documents": len(heldout),
-        "is_whole_corpus": len(shards) == len(corpus.train),
+        "is_whole_corpus": len(train) == len(corpus.train),
         "is_short_of_n_tokens": config.n_tokens is not None and n_tokens < config.n_tokens,
-        "splits": {"train": shards, "val": [val], **official},
+        "splits": {
+            "train": train,
+            "val": [_write_val(folder, encoder.dtype, train, heldout)],
+            **official,
+        },
     }
+    _check(manifest)
     runs.write_json(folder / "manifest.json", manifest)
     return manifest
+
+
+def _total(markers: list[Marker], key: str) -> int:
+    return sum(marker[key] for marker in markers)
+
+
+def _check(manifest: dict[str, Any]) -> None:
+    """Refuse a corpus of another size than it declares, and one without text for both splits."""
+    corpus, n_declared = manifest["source"]["config"]["corpus"], manifest["source"]["n_documents"]
+    n_rows = _total(manifest["splits"]["train"], "n_rows")
+    if manifest["is_whole_corpus"] and n_rows != n_declared:
+        raise ValueError(
+            f"corpus={corpus!r} declares {n_declared} documents but holds {n_rows}; its split cannot "
+            "be trusted. Fetch it again, or give the files as a local folder."
+        )
+    for split in ("train", "val"):
+        if _total(manifest["splits"][split], "n_tokens") == 0:
+            raise ValueError(
+                f"corpus={corpus!r} holds no text for {split} ({n_rows} documents); bring more text "
+                "or raise test_size."
+            )
 
 
 def _claim(config: DataConfig, folder: Path) -> tuple[dict[str, Any], Corpus]:
@@ -114,7 +120,7 @@ def _claim(config: DataConfig, folder: Path) -> tuple[dict[str, Any], Corpus]:
     path = folder / "source.json"
     if path.exists():
         source = runs.read_json(path)
-        _refuse_other_source(folder, source["config"], to_json(config))
+        _refuse_other_config(folder, source["config"], to_json(config))
         return source, open_corpus(replace(config, revision=source["revision"]))
     corpus = open_corpus(config)
     source = {
@@ -126,23 +132,24 @@ def _claim(config: DataConfig, folder: Path) -> tuple[dict[str, Any], Corpus]:
     return source, corpus
 
 
-def _refuse_other_source(folder: Path, there: dict, here: dict) -> None:
-    if there != here:
-        name = next(k for k in here if there.get(k) != here[k])
-        raise ValueError(
-            f"the tokens in {folder.parent.name}/{folder.name} were made with {name}={there.get(name)!r}, "
-            f"not {here[name]!r}; choose another run_name or runs_dir, or delete that folder."
-        )
+def _refuse_other_config(folder: Path, there: dict, here: dict) -> None:
+    for name in there | here:
+        if there.get(name) != here.get(name):
+            raise ValueError(
+                f"the tokens in {folder.parent.name}/{folder.name} were made with "
+                f"{name}={there.get(name)!r}, not {here.get(name)!r}; choose another run_name or "
+                "runs_dir, or delete that folder."
+            )
 
 
-def heldout_documents(n_documents: int, test_size: float, seed: int) -> np.ndarray:
+def heldout_documents(n_documents: int, test_size: float, seed: int) -> list[int]:
     """Index the held-out documents, in order, as ``datasets``' shuffled ``train_test_split`` does."""
     if n_documents < 2:
         raise ValueError(
             f"the corpus has {n_documents} document(s); training and validation need one each."
         )
     n_test = math.ceil(test_size * n_documents)
-    return np.random.default_rng(seed).permutation(n_documents)[:n_test]
+    return np.random.default_rng(seed).permutation(n_documents)[:n_test].tolist()
 
 
 def _tokenizer(
@@ -150,14 +157,13 @@ def _tokenizer(
 ) -> tiktoken.Encoding:
     path = folder / "tokenizer.json"
     if path.exists():
-        return load_tokenizer(path)
+        return tokenizer.load_tokenizer(path)
     if config.tokenizer == "bpe":
-        encoding = train_bpe(
-            _training_texts(corpus, heldout, config.n_tokens), config.bpe_vocab_size
-        )
+        texts = _training_texts(corpus, heldout, config.n_tokens)
+        encoding = tokenizer.train_bpe(texts, config.bpe_vocab_size)
     else:
-        encoding = load_tiktoken(config.tokenizer)
-    runs.write_atomic(path, save_tokenizer(encoding))
+        encoding = tokenizer.load_tiktoken(config.tokenizer)
+    runs.write_atomic(path, tokenizer.save_tokenizer(encoding))
     return encoding
 
 
@@ -166,9 +172,9 @@ def _training_texts(corpus: Corpus, heldout: set[int], n_tokens: int | None) -> 
     n_bytes = index = 0
     for shard in corpus.train:
         for document in read_documents(fetch(shard)):
-            if index not in heldout and document.text:
+            if index not in heldout and document.raw:
                 yield document.text
-            n_bytes += document.n_bytes
+            n_bytes += len(document.raw or b"")
             index += 1
             if n_bytes >= BPE_TRAINING_BYTES:
                 return
@@ -178,174 +184,121 @@ def _training_texts(corpus: Corpus, heldout: set[int], n_tokens: int | None) -> 
 
 
 class Job(NamedTuple):
-    """Rows turned to tokens: those of the main file and those of the held-out one."""
+    """Documents turned to tokens: those of the main file and those of the held-out one."""
 
-    n_rows: int
-    n_bytes: int
-    skipped: Counter
-    main: tuple[np.ndarray, list]  # tokens, [index, domain, bytes, tokens] of each document
-    heldout: tuple[np.ndarray, list]
+    counts: Counter  # of rows, of bytes and tokens, and of rows that are not as they should be
+    main: tuple[np.ndarray, list[Entry]]
+    heldout: tuple[np.ndarray, list[Entry]]
 
 
-class Encoder:
+def _progress(n_documents: int, n_tokens: int | None) -> tuple[tqdm, str]:
+    """Open a bar over the tokens wanted, or over all documents; return what of a job it counts."""
+    if n_tokens is None:
+        return tqdm(total=n_documents, desc="tokenising", unit=" documents"), "n_rows"
+    return tqdm(total=n_tokens, desc="tokenising", unit=" tokens"), "n_tokens"
+
+
+@dataclass
+class Writer:
     """Turn shards into token files, in order, on all cores, behind one progress bar.
 
     Threads are enough: tiktoken works outside the interpreter's lock and returns a buffer.
     """
 
-    def __init__(
-        self,
-        encoding: tiktoken.Encoding,
-        folder: Path,
-        n_tokens_wanted: int | None,
-        n_documents: int,
-        n_workers: int | None = None,
-    ):
-        self.documents = DocumentEncoder(encoding)
-        self.folder = folder
-        self.n_workers = n_workers or n_cores()
-        self.pool = ThreadPoolExecutor(self.n_workers)
-        self.n_tokens = 0  # in the training files so far
-        self.progress = Progress(n_documents, n_tokens_wanted)
+    encoder: tokenizer.DocumentEncoder
+    folder: Path
+    pool: ThreadPoolExecutor
+    n_workers: int
+    bar: tqdm
+    unit: str  # what the bar counts
+    done: Counter = field(default_factory=Counter)
 
-    def __enter__(self) -> Encoder:
-        return self
+    def write_split(
+        self, shards: list[Shard], heldout: set[int] | None = None, n_tokens: int | None = None
+    ) -> list[Marker]:
+        """Write the shards of a split, up to the one that reaches ``n_tokens``.
 
-    def __exit__(self, *_: object) -> None:
-        self.pool.shutdown(cancel_futures=True)
-        self.progress.close()
-
-    def encode(self, shard: Shard, offset: int, heldout: set[int] | None) -> dict[str, Any]:
-        """Write one shard's tokens and return its marker; a shard that has its marker is done.
-
-        ``offset`` is the number of rows in the shards before it. Held-out documents go to a file
-        of their own; ``heldout=None`` means an official split, whose documents are all listed.
+        Held-out documents go to files of their own; ``heldout=None`` means an official split,
+        whose documents are all listed. A shard that has its marker is done.
         """
-        marker_path = self.folder / f"{shard.name}.json"
-        if marker_path.exists():
-            marker = runs.read_json(marker_path)
-            self.progress.skip(marker["n_rows"])
-        else:
-            marker = self._write(fetch(shard), offset, heldout)
-            runs.write_json(marker_path, marker)
-        self.n_tokens += marker["n_tokens"] if heldout is not None else 0
-        return marker
-
-    def encode_official(self, shards: list[Shard]) -> list[dict[str, Any]]:
-        """Write one of the dataset's own held-out splits."""
-        markers, n_seen = [], 0
+        markers: list[Marker] = []
         for shard in shards:
-            markers.append(self.encode(shard, n_seen, heldout=None))
-            n_seen += markers[-1]["n_rows"]
+            path = self.folder / f"{shard.name}.json"
+            if path.exists():
+                marker = runs.read_json(path)
+                self.bar.initial += marker[self.unit]
+                self.bar.n += marker[self.unit]
+            else:
+                marker = self._write_shard(fetch(shard), _total(markers, "n_rows"), heldout)
+                runs.write_json(path, marker)
+            markers.append(marker)
+            if n_tokens is not None and _total(markers, "n_tokens") >= n_tokens:
+                break
         return markers
 
-    def _write(self, shard: Shard, offset: int, heldout: set[int] | None) -> dict[str, Any]:
+    def _write_shard(self, shard: Shard, offset: int, heldout: set[int] | None) -> Marker:
         main_path, val_path = (self.folder / f"{shard.name}{kind}.bin" for kind in ("", ".val"))
-        n_rows, skipped = 0, Counter(null=0, empty=0, invalid_utf8=0)
+        counts: Counter = Counter()
         with TokenFile(main_path, heldout is None) as main, TokenFile(val_path, True) as val:
             for job in self._jobs(shard, offset, heldout or set()):
-                n_rows += job.n_rows
-                skipped.update(job.skipped)
+                counts.update(job.counts)
                 main.append(*job.main)
                 val.append(*job.heldout)
-                self.progress.update(job)
-            marker = {"n_rows": n_rows, "skipped": dict(skipped)} | main.finish()
-            return marker | ({"val": val.finish()} if heldout is not None else {})
+                self._show(job.counts)
+            skipped = {kind: counts[kind] for kind in ("null", "empty", "invalid_utf8")}
+            marker = {"n_rows": counts["n_rows"], "skipped": skipped} | main.finish()
+            return marker if heldout is None else marker | {"val": val.finish()}
+
+    def _show(self, counts: Counter) -> None:
+        self.done.update(counts)
+        seconds = max(self.bar.format_dict["elapsed"], 1e-9)
+        mb_per_s, tokens_per_s = (self.done[k] / seconds for k in ("n_bytes", "n_tokens"))
+        text = f"{mb_per_s / 1e6:.1f} MB/s, {tokens_per_s:,.0f} tokens/s"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update(counts[self.unit])
 
     def _jobs(self, shard: Shard, offset: int, heldout: set[int]) -> Iterator[Job]:
-        """Encode rows in order; only a few jobs are in flight, so memory stays flat."""
+        """Encode documents in order; only a few jobs are in flight, so memory stays flat."""
         pending: deque = deque()
-        for rows in _groups(read_rows(shard)):
-            pending.append(self.pool.submit(self._encode_job, rows, offset, heldout))
-            offset += len(rows)
+        for documents in _groups(read_documents(shard)):
+            pending.append(self.pool.submit(self._encode, documents, offset, heldout))
+            offset += len(documents)
             if len(pending) > 4 * self.n_workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
 
-    def _encode_job(self, rows: list[Row], offset: int, heldout: set[int]) -> Job:
-        documents = [decode(*row) for row in rows]
-        texts = [document.text for document in documents if document.text]
-        tokens, counts = self.documents.encode(texts)
-        is_heldout = np.array([offset + i in heldout for i, d in enumerate(documents) if d.text])
-        of_heldout = np.repeat(is_heldout.astype(bool), counts)
-        counts, skipped = iter(counts.tolist()), Counter()
-        main, val = [], []
-        for index, document in enumerate(documents, start=offset):
-            skipped["invalid_utf8"] += not document.is_valid
-            if document.text:
-                entry = [index, document.domain, document.n_bytes, next(counts)]
-                (val if index in heldout else main).append(entry)
-            else:
-                skipped["null" if document.text is None else "empty"] += 1
-        n_bytes = sum(document.n_bytes for document in documents)
-        return Job(
-            len(rows), n_bytes, skipped, (tokens[~of_heldout], main), (tokens[of_heldout], val)
+    def _encode(self, documents: list[Document], offset: int, heldout: set[int]) -> Job:
+        kept = [(i, d) for i, d in enumerate(documents, start=offset) if d.raw]
+        main = self._to_tokens([(i, d) for i, d in kept if i not in heldout])
+        val = self._to_tokens([(i, d) for i, d in kept if i in heldout])
+        counts = Counter(
+            n_rows=len(documents),
+            n_bytes=sum(len(d.raw) for _, d in kept),
+            n_tokens=len(main[0]) + len(val[0]),
+            null=sum(d.raw is None for d in documents),
+            empty=sum(d.raw == b"" for d in documents),
+            invalid_utf8=sum(not d.is_utf8 for d in documents),
         )
+        return Job(counts, main, val)
+
+    def _to_tokens(self, documents: list[tuple[int, Document]]) -> tuple[np.ndarray, list[Entry]]:
+        tokens, counts = self.encoder.encode([d.text for _, d in documents])
+        pairs = zip(documents, counts.tolist(), strict=True)
+        return tokens, [[i, d.domain, len(d.raw), n] for (i, d), n in pairs]
 
 
-def _groups(rows: Iterator[Row]) -> Iterator[list[Row]]:
-    """Gather rows until they hold JOB_BYTES of text."""
+def _groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    """Gather documents until they hold JOB_BYTES of text."""
     group, size = [], 0
-    for row in rows:
-        group.append(row)
-        size += len(row[0] or b"") + 1
+    for document in documents:
+        group.append(document)
+        size += len(document.raw or b"") + 1
         if size >= JOB_BYTES:
             yield group
             group, size = [], 0
     if group:
         yield group
-
-
-def n_cores() -> int:
-    """Count the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@contextmanager
-def _explaining_full_disk(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        free = shutil.disk_usage(folder.parent).free / 1e9
-        raise ValueError(
-            f"the disk is full ({free:.2f} GB left) while writing tokens to {folder.name}; free some "
-            "space (2 bytes per token, 4 for a large vocabulary) and run again: finished shards are "
-            "kept."
-        ) from error
-
-
-class Progress:
-    """One bar over documents with MB/s, tokens/s and time left."""
-
-    def __init__(self, n_documents: int, n_tokens_wanted: int | None):
-        self.n_tokens_wanted = n_tokens_wanted
-        self.n_bytes = self.n_tokens = self.n_rows = 0
-        self.bar = tqdm(total=n_documents, desc="tokenising", unit=" documents", mininterval=1)
-
-    def skip(self, n_documents: int) -> None:
-        self.bar.initial += n_documents
-        self.bar.n += n_documents
-
-    def update(self, job: Job) -> None:
-        self.n_bytes += job.n_bytes
-        self.n_tokens += len(job.main[0]) + len(job.heldout[0])
-        self.n_rows += job.n_rows
-        if self.n_tokens_wanted is not None and self.n_tokens:
-            expected = self.bar.initial + self.n_tokens_wanted * self.n_rows // self.n_tokens
-            self.bar.total = min(self.bar.total, expected)
-        self.bar.total = max(self.bar.total, self.bar.n + job.n_rows)
-        seconds = max(self.bar.format_dict["elapsed"], 1e-9)
-        self.bar.set_postfix_str(
-            f"{self.n_bytes / seconds / 1e6:.1f} MB/s, {self.n_tokens / seconds:,.0f} tokens/s",
-            refresh=False,
-        )
-        self.bar.update(job.n_rows)
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 class TokenFile:
@@ -356,7 +309,7 @@ class TokenFile:
         self.temporary = path.with_name(f".{path.name}.tmp")
         self.file = open(self.temporary, "wb", buffering=0)  # noqa: SIM115 - closed by __exit__
         self.sha256 = hashlib.sha256()
-        self.domains: dict[str, dict[str, int]] = {}
+        self.domains: dict[str, Counter] = defaultdict(Counter)
         self.n_tokens = 0
         self.documents: list | None = [] if lists_documents else None
 
@@ -367,22 +320,19 @@ class TokenFile:
         self.file.close()
         self.temporary.unlink(missing_ok=True)
 
-    def append(self, tokens: np.ndarray, documents: list) -> None:
-        """Add tokens and the [index, domain, bytes, tokens] of the documents they make up."""
+    def append(self, tokens: np.ndarray, documents: list[Entry]) -> None:
+        """Add tokens and the documents they make up."""
         raw = memoryview(tokens).cast("B")
         while written := self.file.write(raw):
             raw = raw[written:]
         self.sha256.update(memoryview(tokens).cast("B"))
         self.n_tokens += len(tokens)
         for _, domain, n_bytes, n_tokens in documents:
-            counts = self.domains.setdefault(domain, {"documents": 0, "bytes": 0, "tokens": 0})
-            counts["documents"] += 1
-            counts["bytes"] += n_bytes
-            counts["tokens"] += n_tokens
+            self.domains[domain].update(documents=1, bytes=n_bytes, tokens=n_tokens)
         if self.documents is not None:
             self.documents += documents
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> Marker:
         os.fsync(self.file.fileno())
         os.replace(self.temporary, self.path)
         marker = {
@@ -394,21 +344,18 @@ class TokenFile:
         return marker if self.documents is None else marker | {"documents": self.documents}
 
 
-def _write_val(
-    folder: Path, dtype: np.dtype, shards: list[dict], heldout: np.ndarray
-) -> dict[str, Any]:
+def _write_val(folder: Path, dtype: np.dtype, shards: list[Marker], heldout: list[int]) -> Marker:
     """Gather the held-out documents of all shards into one file, in the split's own order."""
     found = {}
     for shard in (marker["val"] for marker in shards):
         tokens = np.fromfile(folder / shard["file"], dtype=dtype)
-        stops = np.cumsum([document[3] for document in shard["documents"]])
-        for document, stop in zip(shard["documents"], stops, strict=True):
-            found[document[0]] = (document, tokens[stop - document[3] : stop])
+        stops = np.cumsum([entry[3] for entry in shard["documents"]])
+        for entry, part in zip(shard["documents"], np.split(tokens, stops), strict=False):
+            found[entry[0]] = part, [entry]
     with TokenFile(folder / "val.bin", lists_documents=True) as file:
-        for index in heldout.tolist():
+        for index in heldout:
             if index in found:
-                document, tokens = found[index]
-                file.append(tokens, [document])
+                file.append(*found[index])
         return file.finish()
 
 
@@ -417,20 +364,16 @@ def verify(folder: Path) -> list[str]:
 
     Whatever belongs to a bad file is forgotten, so that the next ``prepare`` rebuilds it alone.
     """
-    manifest_path = folder / "manifest.json"
-    splits = runs.read_json(manifest_path)["splits"] if manifest_path.exists() else {}
-    others = ("manifest.json", "source.json", "tokenizer.json")
-    on_disk = [runs.read_json(p) for p in folder.glob("*.json") if p.name not in others]
-    markers = {m["file"]: m for m in [*on_disk, *chain.from_iterable(splits.values())]}
-    bad, forget = [], []
-    for name, marker in sorted(markers.items()):
+    manifest = folder / "manifest.json"
+    markers = [runs.read_json(path) for path in sorted(folder.glob("*-*.json"))]
+    markers += runs.read_json(manifest)["splits"]["val"] if manifest.exists() else []
+    bad = []
+    for marker in markers:
         files = [marker, marker["val"]] if "val" in marker else [marker]
-        if names := [m["file"] for m in files if _sha256(folder / m["file"]) != m["sha256"]]:
+        if names := [f["file"] for f in files if _sha256(folder / f["file"]) != f["sha256"]]:
             bad += names
-            forget.append((folder / name).with_suffix(".json"))
-    # The manifest goes first: a verification that is killed here must not leave it behind alone.
-    for path in [manifest_path, *forget] if bad else []:
-        path.unlink(missing_ok=True)
+            manifest.unlink(missing_ok=True)  # first: it must not be left behind alone
+            (folder / marker["file"]).with_suffix(".json").unlink(missing_ok=True)
     return bad
 
 
@@ -439,3 +382,8 @@ def _sha256(path: Path) -> str | None:
         return None
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def n_cores() -> int:
+    """Count the cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -106,13 +106,10 @@ def continue_text(
     model: LanguageModel, encoding: tiktoken.Encoding, prompt: str, n_new: int = 200, **how
 ) -> Iterator[str]:
     """Yield a prompt's continuation as text, whole characters only; ``how`` goes to ``generate``."""
-    how = {
-        "n_vocab": encoding.n_vocab,
-        "end_of_text": encoding.encode_single_token(END_OF_TEXT),
-    } | how
-    return _whole_characters(
-        encoding, generate(model, encoding.encode_ordinary(prompt), n_new, **how)
-    )
+    end_of_text = encoding.encode_single_token(END_OF_TEXT)
+    how |= {"n_vocab": encoding.n_vocab, "end_of_text": end_of_text}
+    tokens = generate(model, encoding.encode_ordinary(prompt), n_new, **how)
+    return _whole_characters(encoding, tokens)
 
 
 def _whole_characters(encoding: tiktoken.Encoding, tokens: Iterator[int]) -> Iterator[str]:

@@ -1,14 +1,9 @@
 """Counting: parameters, FLOPs, peaks, and how many of each a budget should buy. No torch.
 
-Symbols as in the scaling-law papers: N parameters, D tokens, C FLOPs, L(N, D) loss [nats/token].
+Symbols as in the scaling-law papers: N parameters, D tokens, C FLOPs. Loss surfaces are ``surface``'s.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-
-import numpy as np
-import pandas as pd
 
 from llmlib.config import ModelConfig
 
@@ -64,32 +59,6 @@ def flops_per_token(config: ModelConfig) -> float:
     return 6.0 * (_matmul_params_in_blocks(config) + head) + attention
 
 
-@dataclass(frozen=True)
-class LossSurface:
-    """L(N, D) = E + A / N^alpha + B / D^beta [nats/token]."""
-
-    E: float
-    A: float
-    B: float
-    alpha: float
-    beta: float
-
-    def loss(self, n_params: float, n_tokens: float) -> float:
-        return self.E + self.A / n_params**self.alpha + self.B / n_tokens**self.beta
-
-    def optimal_params(self, flops: float) -> float:
-        """Minimise the loss under C = 6 N D in closed form (Hoffmann et al. 2022, equation 4)."""
-        alpha, beta = self.alpha, self.beta
-        g = (alpha * self.A / (beta * self.B)) ** (1 / (alpha + beta))
-        return g * (flops / 6) ** (beta / (alpha + beta))
-
-
-PUBLISHED_FITS = {
-    "Hoffmann et al. 2022": LossSurface(E=1.69, A=406.4, B=410.7, alpha=0.34, beta=0.28),
-    "Besiroglu et al. 2024": LossSurface(E=1.817, A=482.0, B=2085.0, alpha=0.348, beta=0.366),
-}
-
-
 def params_at_ratio(flops: float, ratio: float) -> float:
     """Solve C = 6 N D for N when D = ratio * N (Chinchilla's rule of thumb: ratio 20)."""
     return (flops / (6 * ratio)) ** 0.5
@@ -98,16 +67,3 @@ def params_at_ratio(flops: float, ratio: float) -> float:
 def tokens_for(budget_seconds: float, tokens_per_s: float) -> float:
     """Count the tokens that a budget buys at a measured speed."""
     return budget_seconds * tokens_per_s
-
-
-def loss_curves(flops: float, fits: dict[str, LossSurface]) -> pd.DataFrame:
-    """Tabulate each fit's loss against parameters when C = 6 N D is fixed."""
-    centre = params_at_ratio(flops, 20)
-    n_params = np.geomspace(centre / 30, centre * 30, 121)
-    tables = [
-        pd.DataFrame(
-            {"fit": name, "n_params": n_params, "loss": fit.loss(n_params, flops / 6 / n_params)}
-        )
-        for name, fit in fits.items()
-    ]
-    return pd.concat(tables, ignore_index=True)

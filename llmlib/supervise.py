@@ -8,6 +8,8 @@ the same folder again attaches to the run if it is still there, and otherwise re
 from __future__ import annotations
 
 import json
+import math
+import os
 import shutil
 import signal
 import subprocess
@@ -17,10 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from IPython import get_ipython
+from IPython.display import DisplayHandle, display
 
-from llmlib import runs
+from llmlib import analysis, plots, runs
+from llmlib.widgets import is_attended
 
 POLL_SECONDS = 1.0
+CURVE_SECONDS = 10.0  # between drawings of the live curve
 
 
 def supervise(
@@ -34,46 +40,55 @@ def supervise(
 
     Uses one process per CUDA device unless ``n_processes`` says otherwise.
     """
-    if not (run / "tokenizer.json").exists():
-        shutil.copy(tokens / "tokenizer.json", run)
-    line = LiveLine()
+    live = Live(run)
     while not (run / "training.json").exists():
         if runs.lock_owner(run) is not None:  # left by an earlier supervisor, and still at work
-            line.show(f"attached to {runs.lock_owner(run)}: {progress_line(run)}")
+            live.show(f"attached to {runs.lock_owner(run)}: {progress_line(run)}")
             time.sleep(POLL_SECONDS)
         else:
-            _train(
-                run, tokens, peak_flops_per_s, n_processes or torch.cuda.device_count() or 1, line
-            )
-    line.show(progress_line(run))
+            n = n_processes or torch.cuda.device_count() or 1
+            process = start_training(run, tokens, peak_flops_per_s=peak_flops_per_s, n_processes=n)
+            _watch(process, run, live)
+    live.show(progress_line(run), is_last=True)
     return runs.read_json(run / "training.json")
 
 
-def _train(run: Path, tokens: Path, peak: float | None, n_processes: int, line: LiveLine) -> None:
+def start_training(
+    run: Path,
+    tokens: Path,
+    *,
+    peak_flops_per_s: float | None = None,
+    n_processes: int = 1,
+    n_threads: int | None = None,
+) -> subprocess.Popen:
+    """Start the run's training; it saves itself and leaves when the returned process's stdin closes."""
+    if not (run / "tokenizer.json").exists():
+        shutil.copy(tokens / "tokenizer.json", run)
     command = [sys.executable, "-m"]
     if n_processes > 1:
-        command += [
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={n_processes}",
-            "-m",
-        ]
+        torchrun = f"torch.distributed.run --standalone --nproc-per-node={n_processes} -m"
+        command += torchrun.split()
     command += ["llmlib.train", str(run), "--tokens", str(tokens), "--supervised"]
-    command += [] if peak is None else ["--peak-flops", str(peak)]
+    command += [] if peak_flops_per_s is None else ["--peak-flops", str(peak_flops_per_s)]
+    threads = {} if n_threads is None else {"OMP_NUM_THREADS": str(n_threads)}
     with open(run / "train.log", "a") as log:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
+            env=os.environ | threads,
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches it through us, once
         )
+
+
+def _watch(process: subprocess.Popen, run: Path, live: Live) -> None:
     try:
         while process.poll() is None:
-            line.show(progress_line(run))
+            live.show(progress_line(run))
             time.sleep(POLL_SECONDS)
     except KeyboardInterrupt:
-        line.show("interrupted: waiting for the run to save itself")
+        live.show("interrupted: waiting for the run to save itself")
         process.send_signal(signal.SIGINT)
         process.wait()
         raise
@@ -127,23 +142,35 @@ def progress_line(run: Path) -> str:
     )
 
 
-class LiveLine:
-    """One line that is rewritten in place, in a notebook or on a terminal."""
+class Live:
+    """A line that is rewritten in place and, where somebody watches a notebook, a curve beneath it."""
 
-    def __init__(self) -> None:
-        self.handle = None
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.line = self.curve = None  # where they are displayed
+        self.drawn_at = -math.inf
 
-    def show(self, text: str) -> None:
-        try:
-            from IPython import get_ipython
-        except ImportError:
-            get_ipython = lambda: None  # noqa: E731
+    def show(self, text: str, is_last: bool = False) -> None:
         if get_ipython() is None:
             print(f"\r{text}", end="", flush=True)
             return
-        from IPython.display import display
+        self.line = _display({"text/plain": text}, self.line, raw=True)
+        is_due = is_last or time.monotonic() > self.drawn_at + CURVE_SECONDS
+        if is_due and is_attended() and (self.run / "metrics.jsonl").exists():
+            self._draw()
 
-        if self.handle is None:
-            self.handle = display({"text/plain": text}, raw=True, display_id=True)
-        else:
-            self.handle.update({"text/plain": text}, raw=True)
+    def _draw(self) -> None:
+        curve = analysis.smooth_share(analysis.load_curve(self.run), share=1 / 40)
+        smoothed = curve.smoothed.dropna()
+        if len(smoothed):
+            figure = plots.training_curve(curve, smoothed, final_loss=None)
+            self.curve = _display(figure, self.curve)
+            self.drawn_at = time.monotonic()
+
+
+def _display(what: Any, handle: DisplayHandle | None, **options: Any) -> DisplayHandle:
+    """Display something new, or in the place of what the handle displays."""
+    if handle is None:
+        return display(what, display_id=True, **options)
+    handle.update(what, **options)
+    return handle

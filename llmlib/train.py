@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -37,12 +38,15 @@ from llmlib.schedule import lr_multiplier
 from llmlib.sizing import count_params, datasheet_peak, flops_per_token
 from llmlib.step import (
     Group,
+    Reading,
     compile_model,
     compute_dtype,
     evaluate,
+    keep_freed_memory,
     pick_device,
     train_step,
 )
+from llmlib.tracking import open_tracker
 
 MAX_BAD_STEPS = 3  # steps in a row that are not finite before the run goes back
 MAX_ROLLBACKS = 2  # times it goes back before it gives up
@@ -65,6 +69,7 @@ class Progress:
     micro_batch: int  # sequences, smaller than the config's after running out of memory
     val_sha256: str  # of the validation windows
     step: int = 0  # optimizer steps taken
+    steps_before: int = 0  # of the run whose snapshot this one goes on from
     data_step: int = 0  # batches drawn: never goes back, so no data is met twice after trouble
     n_skipped: int = 0
     n_rollbacks: int = 0
@@ -75,6 +80,17 @@ class Progress:
     compile_seconds: float = 0.0  # what the first step took beyond that
     is_over: bool = False  # the budget is spent
     seconds: dict[str, float] = field(default_factory=dict)  # the ledger
+
+
+@dataclass
+class Flight:
+    """A step that was asked of the device, and what is known of it once it is over."""
+
+    step: int
+    progress: float
+    reading: Reading
+    numbers: list[float] | None = None  # loss, gradient norm
+    seconds: float = 0.0
 
 
 class Trainer:
@@ -97,7 +113,8 @@ class Trainer:
         self._lr_at(0.0)  # an unknown schedule is refused now
         self.device = pick_device(self.group.local_rank)
         self.dtype = compute_dtype(self.device)
-        self.model = self.fast_model = build_model(model_config, seed=config.seed).to(self.device)
+        model = build_model(model_config, seed=config.seed, zero_init=config.zero_init)
+        self.model = self.fast_model = model.to(self.device)
         self.optimizer = build_optimizer(self.model, config)
         torch.manual_seed(config.seed)
         if peak_flops_per_s is None and self.device.type == "cuda":
@@ -106,7 +123,11 @@ class Trainer:
         self.peak_flops_per_s = peak_flops_per_s and peak_flops_per_s * self.group.size
         self.ledger = Ledger()
         self.saver = checkpoint.Saver(path / "checkpoints", config.keep_checkpoints)
+        self.in_flight: deque[Flight] = deque()
+        self.n_ahead = 1 if self.device.type == "cuda" else 0  # steps asked for before they are due
+        self.n_taken = 0  # in this process
         self.n_bad_in_a_row = 0
+        self.tracker = open_tracker(config.tracker if self.group.leads else None, path)
         self.save_at = self.save_seconds = self.eval_seconds = 0.0
         self.must_stop: Callable[[], str | None] = lambda: None  # asked before every step
 
@@ -154,27 +175,23 @@ class Trainer:
         self.ledger.start()
         beating = heartbeat(self.ledger, self.path / "heartbeat")
         with beating if self.group.leads else contextlib.nullcontext():
-            n_taken = 0
-            while (progress := self._next_progress()) is not None:
-                loss, norm = self._step(*next(batches), lr=self._lr_at(progress))
-                n_taken += 1
-                seconds = self._book_step(n_taken)
-                if n_taken == 1:
-                    self._check_gradients()
-                if not np.isfinite([loss, norm]).all():
-                    self._skip_or_go_back(loss, norm)
-                    continue
-                self.n_bad_in_a_row = 0
-                self.progress.step += 1
-                if self.group.leads:
-                    self._log_step(progress, loss, norm, seconds)
+            while True:
+                progress = self._next_progress()
+                if progress is not None:
+                    self._begin_step(*next(batches), progress)
+                elif not self.in_flight:
+                    break
+                self._end_steps(n_left=0 if progress is None or self.n_taken <= 2 else self.n_ahead)
+                if self.group.leads and progress is not None:
                     self._save_if_due(has_improved=self._validate_if_due(progress))
         return self._finish()
 
     def _next_progress(self) -> float | None:
         """Take from the leader how far the run is, None when the budget is spent."""
         is_over = self.progress.is_over
-        mine = None if is_over else self.budget.next_progress(self.progress.step, self.ledger)
+        n_in_flight = sum(flight.numbers is None for flight in self.in_flight)
+        mine = self.budget.next_progress(self.progress.step, self.ledger, n_in_flight)
+        mine = None if is_over else mine
         reason = None if mine is None else self.must_stop()
         progress, stops = self.group.follow_leader(
             -1.0 if mine is None else mine, reason is not None
@@ -194,10 +211,22 @@ class Trainer:
 
     def _lr_at(self, progress: float) -> float:
         config = self.config
-        return config.lr * lr_multiplier(config.schedule, progress, config.warmup, config.final_lr)
+        shape = config.warmup, config.final_lr, config.cooldown
+        return config.lr * lr_multiplier(config.schedule, progress, *shape)
 
-    def _step(self, inputs: Tensor, targets: Tensor, lr: float) -> tuple[float, float]:
+    def _begin_step(self, inputs: Tensor, targets: Tensor, progress: float) -> None:
+        """Ask the device for a step; a run on CUDA goes on to ask for the next one meanwhile."""
+        numbers = self._take_step(inputs, targets, lr=self._lr_at(progress))
+        self.n_taken += 1
+        if self.n_taken == 1:
+            self._check_gradients()
+        self.progress.step += 1
         self.progress.data_step += 1
+        self.in_flight.append(Flight(self.progress.step, progress, Reading(*numbers)))
+        if self.progress.step in self.config.snapshot_steps and self.group.leads:
+            self._keep_snapshot()
+
+    def _take_step(self, inputs: Tensor, targets: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         while True:
             # Tried again outside of the handler, which keeps what did not fit alive.
             with contextlib.suppress(torch.OutOfMemoryError):
@@ -212,6 +241,24 @@ class Trainer:
                     dtype=self.dtype,
                 )
             self._halve_micro_batch()
+
+    def _end_steps(self, n_left: int) -> None:
+        """Wait for all but the last few steps asked for, and judge and log them."""
+        while len(self.in_flight) > n_left:
+            self._wait_for(flight := self.in_flight.popleft())
+            if not np.isfinite(flight.numbers).all():
+                self._skip_or_go_back(flight)
+            else:
+                self.n_bad_in_a_row = 0
+                if self.group.leads:
+                    self._log_step(flight)
+
+    def _wait_for(self, *flights: Flight) -> None:
+        """Learn how steps ended and book their time, once."""
+        for flight in flights:
+            if flight.numbers is None:
+                flight.numbers = flight.reading.get()
+                flight.seconds = self._book_step()
 
     @property
     def micro_batch(self) -> int:
@@ -233,15 +280,15 @@ class Trainer:
             f"tokens per step stay {self.tokens_per_step}"
         )
 
-    def _book_step(self, n_taken: int) -> float:
+    def _book_step(self) -> float:
         """Book a step; what the first took beyond the second was compilation and warm-up."""
         progress = self.progress
-        if n_taken == 1:
+        if self.n_taken == 1:
             self.first_seconds = self.ledger.book("compile")
             return self.first_seconds
         progress.step_seconds = self.ledger.book("training")
         self.budget.observe(progress.step_seconds)
-        if n_taken == 2:
+        if self.n_taken == 2:
             usual = min(progress.step_seconds, self.first_seconds)
             self.ledger.move(usual, "compile", "training")
             extra = self.first_seconds - usual
@@ -252,11 +299,12 @@ class Trainer:
         missing = [name for name, p in self.model.named_parameters() if p.grad is None]
         assert not missing, f"no gradient reached {missing}"
 
-    def _skip_or_go_back(self, loss: float, norm: float) -> None:
-        """Skip a step that is not finite; after several in a row, go back with other data ahead."""
+    def _skip_or_go_back(self, flight: Flight) -> None:
+        """Count a step without a gradient; after several in a row, go back with other data ahead."""
         self.progress.n_skipped += 1
         self.n_bad_in_a_row += 1
-        self._event(f"step skipped: loss {loss}, gradient norm {norm}")
+        loss, norm = flight.numbers
+        self._event(f"step {flight.step} took no gradient: loss {loss}, gradient norm {norm}")
         if self.n_bad_in_a_row < MAX_BAD_STEPS:
             return
         self.saver.wait()
@@ -276,6 +324,7 @@ class Trainer:
             n_rollbacks=self.progress.n_rollbacks + 1,
         )
         self.n_bad_in_a_row = 0
+        self.in_flight.clear()
         self._go_back()
 
     def _validate_if_due(self, share: float) -> bool:
@@ -290,6 +339,7 @@ class Trainer:
         fits = self.budget.fits(self.ledger, self.eval_seconds or guess)
         if share == 1.0 or due <= progress.n_evals or not fits:
             return False
+        self._wait_for(*self.in_flight)
         result = evaluate(self.model, self.windows, self.device, self.dtype)
         self.eval_seconds = self.ledger.book("validation")
         self._log(
@@ -326,7 +376,7 @@ class Trainer:
     def _result(self, final: dict[str, Any]) -> dict[str, Any]:
         steps = runs.read_metrics(self.path)
         steps = steps[steps.kind == "step"]
-        n_tokens = self.progress.step * self.tokens_per_step
+        n_tokens = self._tokens_at(self.progress.step)
         return {
             "val": final,
             "n_steps": self.progress.step,
@@ -345,6 +395,10 @@ class Trainer:
             "is_compiled": self.is_compiled,
             "n_processes": self.group.size,
             "val_sha256": _sha256(self.all_windows),
+        } | {
+            name: float(getattr(self.optimizer, name))
+            for name in ("n_hessian_passes", "unclipped_share")
+            if hasattr(self.optimizer, name)
         }
 
     # ------------------------------------------------------------------ saving and resuming
@@ -357,14 +411,35 @@ class Trainer:
             later = max(self.progress.seconds, spent, key=lambda seconds: sum(seconds.values()))
             self.ledger = Ledger(later)
             self._go_back()
-        elif self.group.leads:
-            self._keep_metrics(up_to=-1)
-            if failure := self._save_now():
-                raise ValueError(f"{_not_saved(failure)}; free some space and run again.")
-            self.ledger = Ledger()
+        else:
+            self._start_from_snapshot()
+            if self.group.leads:
+                self._keep_metrics(up_to=-1)
+                if failure := self._save_now():
+                    raise ValueError(f"{_not_saved(failure)}; free some space and run again.")
+                self.ledger = Ledger()
         self.group.wait_for_leader()
         self.save_at = self.ledger.total + 60 * self.config.checkpoint_minutes
         self._event(f"validation set sha256 {self.progress.val_sha256}")
+
+    def _start_from_snapshot(self) -> None:
+        """Take weights, optimizer and place in the data from another run, if the config says so."""
+        if self.config.start_from is None:
+            return
+        path = self.path / self.config.start_from
+        if not path.exists():
+            raise ValueError(
+                f"start_from={self.config.start_from!r} is not there; run its run first."
+            )
+        before = self._load(path)
+        self.progress.data_step = before.data_step
+        self.progress.steps_before = before.steps_before + before.step
+
+    def _keep_snapshot(self) -> None:
+        self._wait_for(*self.in_flight)
+        tensors = checkpoint.snapshot(self.model, self.optimizer)
+        checkpoint.write(self.path / "snapshots", *tensors, asdict(self.progress))
+        self.ledger.book("checkpoint")
 
     def _load(self, path: Path) -> Progress:
         progress = Progress(**checkpoint.restore(self.model, self.optimizer, path))
@@ -410,6 +485,7 @@ class Trainer:
             self.save_seconds = self.ledger.book("checkpoint")
 
     def _save(self) -> None:
+        self._wait_for(*self.in_flight)
         self.progress.seconds = dict(self.ledger.seconds)
         self.saver.save(self.model, self.optimizer, asdict(self.progress))
         self.save_at = self.ledger.total + 60 * self.config.checkpoint_minutes
@@ -422,15 +498,18 @@ class Trainer:
 
     # ------------------------------------------------------------------ the record
 
-    def _log_step(self, progress: float, loss: float, norm: float, seconds: float) -> None:
+    def _log_step(self, flight: Flight) -> None:
+        loss, norm = flight.numbers
+        per_s = 1 / flight.seconds
         self._log(
             "step",
-            progress=progress,
-            lr=self._lr_at(progress),
+            flight.step,
+            progress=flight.progress,
+            lr=self._lr_at(flight.progress),
             loss=loss,
             grad_norm=norm,
-            tokens_per_s=self.tokens_per_step / seconds,
-            mfu=self.peak_flops_per_s and self.flops_per_step / seconds / self.peak_flops_per_s,
+            tokens_per_s=self.tokens_per_step * per_s,
+            mfu=self.peak_flops_per_s and self.flops_per_step * per_s / self.peak_flops_per_s,
             seconds_left=self.budget.seconds_left(self.progress.step, self.ledger),
         )
 
@@ -440,15 +519,21 @@ class Trainer:
                 print(text, flush=True)
             self._log("event", text=text)
 
-    def _log(self, kind: str, **values: Any) -> None:
-        place = {
+    def _log(self, kind: str, step: int | None = None, **values: Any) -> None:
+        step = self.progress.step if step is None else step
+        row = {
             "kind": kind,
-            "step": self.progress.step,
-            "tokens": self.progress.step * self.tokens_per_step,
+            "step": step,
+            "tokens": self._tokens_at(step),
             "seconds": round(self.ledger.total, 4),
-        }
-        with contextlib.suppress(OSError), open(self.path / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(place | values) + "\n")  # a full disk must not end the run
+        } | values
+        with contextlib.suppress(OSError):  # a full disk must not end the run
+            with open(self.path / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            self.tracker.log(row)
+
+    def _tokens_at(self, step: int) -> int:
+        return (self.progress.steps_before + step) * self.tokens_per_step
 
     def _keep_metrics(self, up_to: int) -> None:
         """Drop steps and validations that will be met again, and half-written lines."""
@@ -523,6 +608,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     must_stop = watch(options.supervised)
     torch.set_float32_matmul_precision("high")
+    keep_freed_memory()
     group = Group.join()
     try:
         model_config, config = read_config(options.run)

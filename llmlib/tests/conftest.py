@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tiktoken
 
 os.environ["OMP_NUM_THREADS"] = "1"  # at these sizes, threads only wait for each other
 
 from llmlib import prepare, runs
 from llmlib.config import PRESETS, ModelConfig, TrainConfig, to_json
+from llmlib.tokenizer import load_tiktoken
 
 
 @pytest.fixture(scope="session")
@@ -23,6 +25,16 @@ def smoke_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("smoke") / "tokens"
     prepare.prepare(PRESETS["smoke"].data, folder)
     return folder
+
+
+@pytest.fixture
+def gpt2(monkeypatch: pytest.MonkeyPatch) -> tiktoken.Encoding:
+    """GPT-2's encoding, where a checkout has its vocabulary."""
+    cache = runs.ROOT.parent / "shared" / "tiktoken-cache"
+    if not cache.exists():
+        pytest.skip("GPT-2's vocabulary is not at hand")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    return load_tiktoken("gpt2")
 
 
 @pytest.fixture

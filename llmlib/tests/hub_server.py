@@ -190,18 +190,8 @@ def parquet(
 def texts(n: int, seed: int) -> list[str]:
     """Make n different documents of English-like words, code-like indents and other scripts."""
     random = Random(seed)
-    words = [
-        "the",
-        "model",
-        "learns",
-        "from",
-        "text",
-        "\n\n",
-        "\n    return",
-        "naïve",
-        "漢字",
-        "42",
-    ]
+    words = ["the", "model", "learns", "from", "text"]
+    words += ["\n\n", "\n    return", "naïve", "漢字", "42"]
     return [
         f"{seed}-{i} " + " ".join(random.choices(words, k=random.randint(5, 80))) for i in range(n)
     ]

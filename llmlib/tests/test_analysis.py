@@ -1,10 +1,11 @@
+import json
 import math
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from llmlib import analysis
+from llmlib import analysis, runs
 
 
 def curve_of(loss, tokens):
@@ -53,3 +54,121 @@ def test_domains_add_up_over_shards():
     assert table.documents.to_dict() == {"a": 3, "b": 1}
     assert table.share.sum() == pytest.approx(1.0)
     assert analysis.tokens_per_byte(split) == pytest.approx(25 / 90)
+
+
+def write_run(folder, summary):
+    model = {"n_layer": 1, "n_head": 1, "d_model": 8, "seq_len": 8, "vocab_size": 64}
+    runs.write_json(folder / "config.json", {"model": model})
+    row = {"kind": "step", "step": 1, "tokens": 8, "seconds": 0.1, "loss": 3.0}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    runs.write_json(folder / "summary.json", summary)
+
+
+def test_runs_of_another_folder_keep_their_place_beside_ours(tmp_path):
+    for folder in ("mine", "theirs"):
+        write_run(tmp_path / folder / "05_full_run", {})
+    found = analysis.find_runs(tmp_path / "mine", tmp_path / "theirs")
+    assert found == {
+        "05_full_run": tmp_path / "mine" / "05_full_run",
+        "theirs/05_full_run": tmp_path / "theirs" / "05_full_run",
+    }
+
+
+CSV = "step,loss,tokens,seconds,val_loss\n10,3.5,100,1.5,\n20,3.0,200,3.0,3.25\n"
+JSONL = (
+    '{"step": 10, "loss": 3.5, "tokens": 100, "seconds": 1.5}\n'
+    '{"step": 20, "loss": 3.0, "tokens": 200, "seconds": 3.0, "val_loss": 3.25}\n'
+)
+
+
+@pytest.mark.parametrize(("suffix", "text"), [("csv", CSV), ("jsonl", JSONL)])
+def test_other_peoples_curves_read_like_ours(tmp_path, suffix, text):
+    write_run(tmp_path / "05_full_run", {})
+    path = tmp_path / "theirs" / "external" / f"nanogpt.{suffix}"
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    assert analysis.find_external(tmp_path) == {f"theirs/external/nanogpt.{suffix}": path}
+    assert list(analysis.find_runs(tmp_path)) == ["05_full_run"]
+    curve = analysis.load_external(path)
+    assert curve.columns.tolist() == analysis.load_curve(tmp_path / "05_full_run").columns.tolist()
+    steps, evals = curve[curve.kind == "step"], curve[curve.kind == "eval"]
+    assert steps[["step", "tokens", "seconds", "loss"]].to_numpy().tolist() == [
+        [10, 100, 1.5, 3.5],
+        [20, 200, 3.0, 3.0],
+    ]
+    assert evals[["step", "val_loss"]].to_numpy().tolist() == [[20, 3.25]]
+    assert curve.flops.isna().all()
+
+
+def test_a_curve_of_steps_and_losses_alone_is_enough(tmp_path):
+    (tmp_path / "theirs.csv").write_text("step,loss\n1,4.0\n2,3.0\n3,3.0\n")
+    curve = analysis.load_external(tmp_path / "theirs.csv")
+    assert curve[["tokens", "seconds", "flops"]].isna().all(axis=None)
+    assert analysis.smooth_share(curve, 1e-9).smoothed.tolist() == pytest.approx([4.0, 3.0, 3.0])
+    assert math.isnan(analysis.fit_slope(curve)["slope"])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("iteration,loss\n1,4.0\n", ["theirs.csv", "no column step", "iteration, loss"]),
+        ("step,val\n1,4.0\n", ["theirs.csv", "no column loss", "step, val"]),
+        ("step,loss\n1,four\n", ["theirs.csv", "four"]),
+        ("", ["theirs.csv", "remove it"]),
+    ],
+)
+def test_a_file_that_is_no_curve_is_refused_by_name(tmp_path, text, words):
+    (tmp_path / "theirs.csv").write_text(text)
+    with pytest.raises(ValueError) as error:
+        analysis.load_external(tmp_path / "theirs.csv")
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_smoothing_by_share_counts_tokens_as_steps_do():
+    losses = pd.Series(np.random.default_rng(0).normal(3.0, 1.0, 400))
+    steps = pd.DataFrame({"kind": "step", "step": np.arange(1, 401), "loss": losses})
+    curve = pd.concat([steps, pd.DataFrame({"kind": "eval", "step": [400]})], ignore_index=True)
+    by_tokens = analysis.smooth(losses, steps.step * 64, 0.1 * 400 * 64)
+    smoothed = analysis.smooth_share(curve, 0.1).smoothed
+    assert smoothed.iloc[:400].tolist() == pytest.approx(by_tokens.tolist())
+    assert math.isnan(smoothed.iloc[400])
+
+
+def test_domains_are_scored_in_bits_of_their_own_bytes():
+    split = [
+        {
+            "domains": {
+                "dense": {"documents": 1, "bytes": 400, "tokens": 100},
+                "sparse": {"documents": 1, "bytes": 100, "tokens": 100},
+            }
+        }
+    ]
+    scores = {d: {"loss": math.log(16), "n_tokens": 90} for d in ("sparse", "dense")}
+    table = analysis.domain_scores(scores, split)
+    assert table.domain.tolist() == ["dense", "sparse"]
+    assert table.bits_per_byte.tolist() == pytest.approx([1.0, 4.0])  # four bits a token
+
+
+def test_domains_compare_across_finished_runs_that_have_them(tmp_path):
+    row = {"domain": "a", "loss": 3.0, "bits_per_byte": 1.5}
+    write_run(tmp_path / "one", {"by_domain": [row]})
+    write_run(tmp_path / "two", {"by_domain": [row | {"bits_per_byte": 1.25}]})
+    write_run(tmp_path / "old", {})
+    write_run(tmp_path / "unfinished", {})
+    (tmp_path / "unfinished" / "summary.json").unlink()
+    table = analysis.domain_comparison(analysis.find_runs(tmp_path))
+    assert table.set_index("run").bits_per_byte.to_dict() == {"one": 1.5, "two": 1.25}
+    assert analysis.domain_comparison({}).empty
+
+
+@pytest.mark.parametrize(("loss", "verdict"), [(4.0, "below"), (4.3, "inside"), (4.6, "above")])
+def test_a_prediction_is_held_to_the_loss_that_was_reached(tmp_path, loss, verdict):
+    assert analysis.prediction_verdict(tmp_path) is None
+    runs.write_json(tmp_path / "05_full_run" / "summary.json", {"val": {"loss": loss}})
+    runs.write_json(tmp_path / "03_sizing" / "summary.json", {})
+    assert analysis.prediction_verdict(tmp_path) is None
+    predicted = {"predicted_loss": {"loss": 4.25, "low": 4.1, "high": 4.5}}
+    runs.write_json(tmp_path / "03_sizing" / "summary.json", predicted)
+    sentence = analysis.prediction_verdict(tmp_path)
+    for part in ("predicted 4.250", "4.100 to 4.500", f"reached {loss:.3f}, {verdict}"):
+        assert part in sentence

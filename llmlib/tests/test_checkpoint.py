@@ -125,7 +125,7 @@ def test_last_ones_and_the_best_are_kept(tmp_path):
     assert names(tmp_path) == [2, 4, 5]
 
 
-@pytest.mark.parametrize("call", ["save_file", "sync", "_file_hash", "os.replace"])
+@pytest.mark.parametrize("call", ["save_file", "sync", "_hashes", "os.replace"])
 def test_write_that_dies_leaves_the_old_checkpoint_in_use(tmp_path, monkeypatch, call):
     """Wherever a write ends, what was there before is found again."""
     save(tmp_path, 1)

@@ -100,7 +100,8 @@ def test_shard_of_another_size_is_named_and_a_mended_server_completes(
     bad = next(path for path in files if "train-00001" in path)
     hub.cut_to[bad] = 3000
     message = _prepare(hub, tmp_path, corpus="me/pajama", n_tokens=15_000)
-    assert f"ValueError: shard train-00001 ({bad}) could not be downloaded" in message
+    assert "ValueError: shard train-00001 (hf://datasets/me/pajama" in message
+    assert f"{bad}) could not be downloaded" in message
     assert "finished shards are kept" in message
     kept = tmp_path / "tokens" / "train-00000.bin"
     was_written = kept.stat().st_mtime_ns
@@ -134,6 +135,15 @@ def test_subset_of_a_data_set_is_counted_from_footers(hub: hub_server.Hub, tmp_p
     sample = {path.replace("data/sample-10BT", "data"): d for path, d in files.items()}
     sample = {path: d for path, d in sample.items() if "full" not in path}
     _assert_same_tokens(tmp_path / "tokens", _local(sample, tmp_path))
+
+
+def test_rows_of_a_csv_data_set_are_documents(hub: hub_server.Hub, tmp_path: Path) -> None:
+    rows = [f"line {i}, and\nanother" for i in range(100)]
+    csv = "id,text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(rows))
+    hub.commit("me/csv", {"data/train.csv": csv.encode()})
+    _prepare(hub, tmp_path, corpus="me/csv")
+    same = {"train.parquet": hub_server.parquet(rows, domain="all")}
+    _assert_same_tokens(tmp_path / "tokens", _local(same, tmp_path))
 
 
 def test_unknown_data_set_is_named(hub: hub_server.Hub, tmp_path: Path) -> None:

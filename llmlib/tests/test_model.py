@@ -2,10 +2,11 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 
 from llmlib.config import gpt2_config, llama_config
-from llmlib.model import build_model, rope_tables, rotate
+from llmlib.model import LOGITS_AT_ONCE, build_model, rope_tables, rotate
 
 LLAMA = llama_config(3, 64, d_head=16, vocab_size=320, seq_len=48)
 GPT2 = gpt2_config(n_layer=3, d_model=64, n_head=4, vocab_size=320, seq_len=48)
@@ -52,6 +53,42 @@ def test_llama_logits_equal_transformers(tokens):
     theirs.tie_weights()
     assert not missing.unexpected_keys
     assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("n_rows", [1, 7, 32, 1000])  # of 96: the last chunk is smaller or all
+def test_chunked_loss_and_its_gradients_are_those_of_cross_entropy(
+    model, tokens, monkeypatch, n_rows
+):
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", n_rows * 320)
+    targets = tokens.roll(-1, 1)
+    larger_weights(model)
+    expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
+    expected_grads = torch.autograd.grad(expected, list(model.parameters()))
+    loss = model(tokens, targets)
+    grads = torch.autograd.grad(2 * loss, list(model.parameters()))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, 2 * wanted, rtol=1e-3, atol=1e-6)
+
+
+def test_chunked_loss_in_bf16_is_close_to_fp32(model, tokens):
+    larger_weights(model)
+    targets = tokens.roll(-1, 1)
+    exact = model(tokens, targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens, targets)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+
+
+def test_blocks_that_start_at_zero_add_nothing(tokens):
+    model = build_model(LLAMA, zero_init=True)
+    with torch.no_grad():
+        torch.testing.assert_close(model.hidden(tokens), model.norm(model.embed_tokens(tokens)))
+    assert torch.equal(
+        model.layers[0].self_attn.q_proj.weight,
+        build_model(LLAMA).layers[0].self_attn.q_proj.weight,
+    )
 
 
 @torch.no_grad()

@@ -22,18 +22,42 @@ CURVE = pd.DataFrame(
 )
 SPEEDS = pd.DataFrame(
     {
-        "setting": ["ours", "plain"],
+        "name": ["ours", "plain"],
+        "claim": ["", "1.15x"],
+        "n_layer": [1, 2],
+        "d_model": [64, 32],
+        "n_params": [1e6, 1.1e6],
         "tokens_per_s": [10.0, 5.0],
         "tokens_per_s_low": [9.0, 4.0],
         "tokens_per_s_high": [11.0, 6.0],
         "flops_per_s": [100.0, 50.0],
+        "speed_up": [1.0, 2.0],
+        "speed_up_low": [1.0, 1.8],
+        "speed_up_high": [1.0, 2.2],
+        "memory_gib": [1.0, 1.5],
     }
+)
+FITS = pd.DataFrame(
+    [
+        (q, m, 2, 0.5, 0.1)
+        for q in ("n_params", "micro_batch")
+        for m in ("tokens_per_s", "memory_gib")
+    ],
+    columns=["quantity", "measured", "n", "exponent", "standard_error"],
 )
 SIZES = pd.DataFrame({"fit": "f", "n_params": [1e6, 1e7, 1e8], "loss": [3.2, 3.0, 3.1]})
 FIGURES = {
     "domain_mix": lambda: plots.domain_mix(DOMAINS),
     "document_lengths": lambda: plots.document_lengths(pd.DataFrame({"tokens": [5, 80, 900]}), 64),
-    "throughput_bars": lambda: plots.throughput_bars(SPEEDS, 200.0),
+    "speed_ups": lambda: plots.speed_ups(SPEEDS),
+    "waterfall": lambda: plots.waterfall(SPEEDS),
+    "speed_by_shape": lambda: plots.speed_by_shape(SPEEDS, 200.0),
+    "time_breakdown": lambda: plots.time_breakdown(
+        pd.DataFrame({"kind": ["matmul", "data"], "seconds": [3.0, 1.0], "share": [0.75, 0.25]})
+    ),
+    "growth": lambda: plots.growth(
+        {"n_params": SPEEDS, "micro_batch": SPEEDS.assign(micro_batch=[1, 2])}, FITS
+    ),
     "predicted_loss": lambda: plots.predicted_loss(
         SIZES, pd.DataFrame({"name": ["here"], "n_params": [2e7]}), "title"
     ),

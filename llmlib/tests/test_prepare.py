@@ -20,7 +20,7 @@ from llmlib import corpus, data, prepare, runs
 from llmlib.config import DataConfig
 from llmlib.runs import ROOT
 from llmlib.tests.hub_server import parquet, texts, write_corpus
-from llmlib.tokenizer import load_tokenizer
+from llmlib.tokenizer import load_tokenizer, save_tokenizer, train_bpe
 
 SHARED = ROOT.parent / "shared"
 
@@ -38,8 +38,7 @@ def _files(folder: Path) -> dict[str, bytes]:
 def _texts(folder: Path, split: str) -> list[str]:
     """Turn a split back into its documents."""
     encoding = load_tokenizer(folder / "tokenizer.json")
-    tokens = data.open_split(folder, split)
-    stream = np.concatenate([tokens.read(i, 0, n) for i, n in enumerate(tokens.lengths)])
+    stream = np.concatenate([*data.open_split(folder, split).streams()])
     ends = np.flatnonzero(stream == encoding.n_vocab - 1)
     return [
         encoding.decode(part.tolist()[i > 0 :]) for i, part in enumerate(np.split(stream, ends))
@@ -72,7 +71,7 @@ def test_heldout_documents_are_those_of_datasets_in_its_order(n_documents: int) 
 
     table = datasets.Dataset.from_dict({"index": range(n_documents)})
     expected = table.train_test_split(test_size=0.0005, seed=2357, shuffle=True)["test"]["index"]
-    assert prepare.heldout_documents(n_documents, 0.0005, 2357).tolist() == list(expected)
+    assert prepare.heldout_documents(n_documents, 0.0005, 2357) == list(expected)
 
 
 def test_prepared_splits_are_those_of_datasets_document_for_document(
@@ -91,7 +90,7 @@ def test_prepared_splits_are_those_of_datasets_document_for_document(
 
 def test_tokens_are_a_plain_pass_of_encode_ordinary(pajama: Path, prepared: Path) -> None:
     encoding = load_tokenizer(prepared / "tokenizer.json")
-    heldout = set(prepare.heldout_documents(480, 0.05, 2357).tolist())
+    heldout = set(prepare.heldout_documents(480, 0.05, 2357))
     opened, index = corpus.open_corpus(_config(pajama)), 0
     for shard in opened.train:
         expected: list[int] = []
@@ -114,10 +113,9 @@ def test_manifest_counts_documents_bytes_and_tokens_per_domain(
         [(_, val_counts)] = shard["val"]["domains"].items()
         assert {domain} == {document.domain for document in documents}
         assert counts["documents"] + val_counts["documents"] == shard["n_rows"] == 120
-        assert counts["bytes"] + val_counts["bytes"] == sum(d.n_bytes for d in documents)
+        assert counts["bytes"] + val_counts["bytes"] == sum(len(d.raw) for d in documents)
         assert counts["tokens"] == shard["n_tokens"]
     assert manifest["n_tokens"] == sum(s["n_tokens"] for s in manifest["splits"]["train"])
-    assert manifest["n_heldout_documents"] == 24
     assert manifest["is_whole_corpus"] and not manifest["is_short_of_n_tokens"]
 
 
@@ -255,6 +253,17 @@ def test_other_config_is_refused_with_what_differs(prepared: Path, pajama: Path)
         prepare.prepare(_config(pajama, bpe_vocab_size=301), prepared)
 
 
+def test_setting_that_only_older_tokens_have_is_named(
+    prepared: Path, pajama: Path, tmp_path: Path
+) -> None:
+    folder = _copy(prepared, tmp_path / "tokens")
+    manifest = runs.read_json(folder / "manifest.json")
+    manifest["source"]["config"]["lower_case"] = True
+    runs.write_json(folder / "manifest.json", manifest)
+    with pytest.raises(ValueError, match="were made with lower_case=True, not None"):
+        prepare.prepare(_config(pajama), folder)
+
+
 def test_two_processes_cannot_prepare_the_same_tokens(pajama: Path, tmp_path: Path) -> None:
     with runs.lock(tmp_path), pytest.raises(runs.Locked):
         prepare.prepare(_config(pajama), tmp_path)
@@ -330,8 +339,8 @@ def test_document_of_ten_megabytes_without_a_space_is_encoded(tmp_path: Path) ->
     (tmp_path / "my.parquet").write_bytes(parquet([*texts(20, seed=0), long]))
     folder = tmp_path / "tokens"
     folder.mkdir()
-    encoding = prepare.train_bpe(texts(20, seed=0), 300)
-    (folder / "tokenizer.json").write_text(prepare.save_tokenizer(encoding))
+    encoding = train_bpe(texts(20, seed=0), 300)
+    (folder / "tokenizer.json").write_text(save_tokenizer(encoding))
     prepare.prepare(_config(tmp_path / "my.parquet"), folder)
     assert long in _texts(folder, "train") + _texts(folder, "val")
 
@@ -361,24 +370,13 @@ def test_full_disk_is_explained_and_finished_shards_are_kept(
     assert _files(tmp_path / "tokens") == _files(prepared)
 
 
-def test_write_that_finds_the_disk_full_is_explained(
-    pajama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(prepare.TokenFile, "append", full)
-    with pytest.raises(ValueError, match="the disk is full"):
-        prepare.prepare(_config(pajama), tmp_path / "tokens")
-    assert not list((tmp_path / "tokens").glob("*.bin"))
-
-
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_operating_systems_own_full_disk_is_explained(pajama: Path, tmp_path: Path) -> None:
     (tmp_path / "tokens").mkdir()
     (tmp_path / "tokens" / ".train-00000.bin.tmp").symlink_to("/dev/full")
     with pytest.raises(ValueError, match="the disk is full"):
         prepare.prepare(_config(pajama), tmp_path / "tokens")
+    assert not list((tmp_path / "tokens").glob("*.bin"))
 
 
 def test_corpus_of_empty_documents_is_refused(tmp_path: Path) -> None:

@@ -2,33 +2,75 @@
 
 import pytest
 import torch
+from torch.optim import lr_scheduler
 
 from llmlib.schedule import SCHEDULES, lr_multiplier
 
+FINISHED = [name for name in SCHEDULES if name != "one_cycle_unfinished"]
 
-def test_one_cycle_matches_torch_on_every_step():
-    n_steps, peak = 1000, 1.25e-3
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
+
+def optimizer(lr):
+    return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+
+
+def rates_of(scheduler, n_steps):
+    for step in range(n_steps):
+        yield scheduler.optimizer.param_groups[0]["lr"]
+        if step < n_steps - 1:
+            scheduler.optimizer.step()
+            scheduler.step()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "n_steps"), [("one_cycle", 1000), ("one_cycle_unfinished", 878)]
+)
+def test_one_cycle_of_1000_steps_matches_torch_as_far_as_it_gets(schedule, n_steps):
+    peak = 1.25e-3
+    theirs = lr_scheduler.OneCycleLR(
+        optimizer(1.0),
         max_lr=peak,
-        total_steps=n_steps,
+        total_steps=1001,
         pct_start=0.05,
         anneal_strategy="cos",
         div_factor=100,
         final_div_factor=0.1,  # of the initial rate: peak / 100 / 0.1 = 0.1 peak
     )
-    # torch counts steps from 0 and ends the warm-up one step before the share is full.
-    warmup = (0.05 * n_steps - 1) / (n_steps - 1)
-    for step in range(n_steps):
-        ours = peak * lr_multiplier("one_cycle", step / (n_steps - 1), warmup, final_lr=0.1)
-        assert ours == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9)
-        optimizer.step()
-        if step < n_steps - 1:
-            theirs.step()
+    warmup = (0.05 * 1001 - 1) / 1000  # torch ends it one step before the share is full
+    for step, expected in enumerate(rates_of(theirs, n_steps + 1)):
+        ours = peak * lr_multiplier(schedule, step / n_steps, warmup, final_lr=0.1)
+        assert ours == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_winners_run_broke_off_with_13_6_percent_of_its_peak_left():
+    assert lr_multiplier("one_cycle_unfinished", 1.0, 0.05, 0.1) == pytest.approx(0.136, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "theirs"),
+    [
+        ("cosine", lambda o: lr_scheduler.CosineAnnealingLR(o, 900, eta_min=0.1)),
+        ("linear", lambda o: lr_scheduler.LinearLR(o, 1.0, 0.1, 900)),
+    ],
+)
+def test_after_the_warmup_the_fall_is_torchs(schedule, theirs):
+    for step, expected in enumerate(rates_of(theirs(optimizer(1.0)), 901)):
+        assert lr_multiplier(schedule, 0.1 + step / 1000, 0.1, 0.1) == pytest.approx(expected)
+
+
+def test_wsd_stays_at_the_peak_and_falls_along_a_line_at_the_end():
+    progress = [0.0, 0.05, 0.1, 0.5, 0.75, 0.8, 0.9, 1.0]
+    rates = [lr_multiplier("wsd", p, 0.1, 0.2, cooldown=0.25) for p in progress]
+    assert rates == pytest.approx([0.01, 0.5, 1.0, 1.0, 1.0, 0.84, 0.52, 0.2])
+
+
+def test_wsd_without_a_cooldown_stays_and_with_too_long_a_one_falls_after_the_warmup():
+    assert lr_multiplier("wsd", 1.0, 0.1, 0.0, cooldown=0.0) == 1.0
+    for p in (0.05, 0.1, 0.4, 1.0):
+        rate = lr_multiplier("wsd", p, 0.1, 0.0, cooldown=0.95)
+        assert rate == lr_multiplier("linear", p, 0.1, 0.0)
+
+
+@pytest.mark.parametrize("schedule", FINISHED)
 @pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5])
 def test_schedule_starts_low_peaks_and_ends_where_promised(schedule, warmup):
     rates = [lr_multiplier(schedule, i / 1000, warmup, 0.1) for i in range(1001)]
@@ -44,5 +86,5 @@ def test_linear_falls_to_zero_along_a_line():
 
 
 def test_unknown_schedule_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="'cosine' is unknown; choose one of one_cycle, linear"):
-        lr_multiplier("cosine", 0.5, 0.05, 0.1)
+    with pytest.raises(ValueError, match="'step' is unknown; choose one of one_cycle, one_cycle_"):
+        lr_multiplier("step", 0.5, 0.05, 0.1)

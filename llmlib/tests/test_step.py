@@ -9,9 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmlib.config import ModelConfig
+from llmlib.config import ModelConfig, TrainConfig
 from llmlib.model import build_model
+from llmlib.optim import OPTIMIZERS, build_optimizer
 from llmlib.step import EVAL_BATCH, evaluate, train_step
 
 CONFIG = ModelConfig(
@@ -62,11 +64,11 @@ def test_step_goes_down_the_clipped_gradient():
 def test_small_gradients_are_not_clipped():
     model, optimizer, inputs, targets = setup()
     _, norm = step(model, optimizer, inputs, targets, grad_clip=1e9)
-    assert gradients(model).norm().item() == pytest.approx(norm, rel=1e-5)
+    assert gradients(model).norm().item() == pytest.approx(norm.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_step_that_is_not_finite_changes_nothing_and_says_so(where):
+def test_step_that_is_not_finite_takes_no_gradient_and_says_so(where):
     model, optimizer, inputs, targets = setup()
     if where == "loss":
         broken = lambda x, y: model(x, y) * math.inf  # noqa: E731
@@ -80,6 +82,30 @@ def test_step_that_is_not_finite_changes_nothing_and_says_so(where):
     assert math.isfinite(loss) == (where == "gradient")
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+class Looks(TorchDispatchMode):
+    """Counts how often a number is read from a tensor, which on a GPU waits for all work before."""
+
+    n = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.n += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
+def test_step_never_waits_for_the_device(optimizer_name, monkeypatch):
+    monkeypatch.setattr("llmlib.step.looking_is_free", lambda device: False)
+    model, _, inputs, targets = setup(n_sequences=8)
+    config = TrainConfig(optimizer=optimizer_name, micro_batch=4, grad_accum=2)
+    optimizer = build_optimizer(model, config)
+    with Looks() as looks:
+        for _ in range(2):
+            loss, _ = step(model, optimizer, inputs, targets, grad_clip=0.1)
+        assert looks.n == 0
+        loss.item()
+        assert looks.n == 1
 
 
 def test_processes_average_gradients_on_the_last_micro_step_only(tmp_path):

@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from jupyter_client.manager import start_new_kernel
 
 from llmlib import runs, supervise
 from llmlib.config import PRESETS, override
@@ -25,6 +26,47 @@ def start_supervisor(run, tokens):
     return subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(run), str(tokens)], stdout=subprocess.DEVNULL
     )
+
+
+def cell_code(run, tokens):
+    """The same as a cell of a notebook."""
+    return f"import sys\nsys.argv = ['', {str(run)!r}, {str(tokens)!r}]\n{SCRIPT}"
+
+
+class Kernel:
+    """A kernel as a front end sees it: cells go in, messages come out."""
+
+    def __init__(self):
+        self.manager, self.client = start_new_kernel()
+
+    def send(self, code, allow_stdin):
+        return self.client.execute(code, allow_stdin=allow_stdin)
+
+    def interrupt(self):
+        self.manager.interrupt_kernel()
+
+    def wait(self, cell):
+        """Return the kernel's answer and what the cell displayed, by type of message."""
+        displayed = {"display_data": [], "update_display_data": []}
+        while True:
+            message = self._next(self.client.get_iopub_msg, cell)
+            if message["msg_type"] in displayed:
+                displayed[message["msg_type"]].append(message["content"]["data"])
+            if message["content"].get("execution_state") == "idle":
+                return self._next(self.client.get_shell_msg, cell)["content"], displayed
+
+    def _next(self, receive, cell):
+        while (message := receive(timeout=300))["parent_header"].get("msg_id") != cell:
+            pass
+        return message
+
+
+@pytest.fixture
+def kernel():
+    kernel = Kernel()
+    yield kernel
+    kernel.client.stop_channels()
+    kernel.manager.shutdown_kernel(now=True)
 
 
 def wait_for(condition, seconds=90):
@@ -68,6 +110,34 @@ def test_interrupting_the_cell_saves_the_run(make_run, smoke_tokens):
     assert runs.lock_owner(run) is None
     newest = max((run / "checkpoints").iterdir(), key=lambda p: p.name)
     assert int(newest.name) == steps_of(run)[-1]
+
+
+def test_interrupting_a_kernel_saves_the_run(make_run, smoke_tokens, kernel):
+    run = make_run(MODEL, override(PRESETS["smoke"].train, budget_steps=2000))
+    code = cell_code(run, smoke_tokens)
+    cell = kernel.send(code, allow_stdin=True)
+    wait_for(lambda: supervise.last_metrics(run) is not None)
+    kernel.interrupt()
+    answer, _ = kernel.wait(cell)
+    assert answer["ename"] == "KeyboardInterrupt"
+    assert runs.lock_owner(run) is None
+    newest = max((run / "checkpoints").iterdir(), key=lambda p: p.name)
+    assert int(newest.name) == steps_of(run)[-1] < 2000
+
+
+@pytest.mark.parametrize("attended", [True, False], ids=["a-person", "papermill"])
+def test_a_cell_shows_one_line_and_to_a_person_one_curve(make_run, smoke_tokens, kernel, attended):
+    run = make_run(MODEL, override(PRESETS["smoke"].train, budget_steps=60))
+    code = cell_code(run, smoke_tokens)
+    settings = "module.POLL_SECONDS, module.CURVE_SECONDS = 0.1, 1e9"
+    code = f"from llmlib import supervise as module\n{settings}\n{code}"
+    answer, displayed = kernel.wait(kernel.send(code, allow_stdin=attended))
+    assert answer["status"] == "ok"
+    figures = {kind: ["image/png" in data for data in shown] for kind, shown in displayed.items()}
+    assert figures["display_data"] == [False, True][: 1 + attended]  # later ones replace these
+    assert figures["update_display_data"].count(False) > 2
+    assert figures["update_display_data"].count(True) == attended  # it was drawn at the end
+    assert "step 60 " in displayed["update_display_data"][-1 - attended]["text/plain"]
 
 
 def test_a_readers_mistake_in_the_run_is_a_value_error_here(make_run, smoke_tokens):

@@ -13,7 +13,6 @@ import tiktoken
 
 from llmlib import prepare
 from llmlib.config import DataConfig
-from llmlib.runs import ROOT
 from llmlib.tests.hub_server import texts, write_corpus
 from llmlib.tokenizer import (
     CUT,
@@ -26,7 +25,6 @@ from llmlib.tokenizer import (
     train_bpe,
 )
 
-CACHE = ROOT.parent / "shared" / "tiktoken-cache"
 PIECES = [
     *"ab1'.,!? \n\t\r\x0b\x0c\x1c\x1f\x85\xa0\u1680\u180e\u2003\u200b\u2028\u202f\u3000\ufeffé漢😀\x00ſ"
 ]
@@ -42,14 +40,6 @@ def strange_texts(n: int) -> list[str]:
 @pytest.fixture(scope="module")
 def bpe() -> tiktoken.Encoding:
     return train_bpe(texts(300, seed=1) + strange_texts(300), 400)
-
-
-@pytest.fixture
-def gpt2(monkeypatch: pytest.MonkeyPatch) -> tiktoken.Encoding:
-    if not CACHE.exists():
-        pytest.skip("GPT-2's vocabulary is not at hand")
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
-    return load_tiktoken("gpt2")
 
 
 def test_trained_bpe_encodes_as_the_tokenizers_library_does(bpe: tiktoken.Encoding) -> None:

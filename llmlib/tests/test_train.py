@@ -212,7 +212,7 @@ class Stage:
             self.now += step + (compiling if self.taken == 0 else 0.0)
             self.taken += 1
             self.lrs.append(lr)
-            return 1.0, 1.0
+            return torch.ones(()), torch.ones(())
 
         def validate(*_):
             self.now += validation
@@ -394,23 +394,31 @@ def break_steps(monkeypatch, is_bad, value=math.nan):
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_bad_step_is_skipped_and_counted(tmp_path, smoke_tokens, monkeypatch, value):
+def test_bad_step_takes_no_gradient_and_is_counted(tmp_path, smoke_tokens, monkeypatch, value):
     break_steps(monkeypatch, lambda n: n in (0, 5, 6, 9), value)
     result = trainer(tmp_path, smoke_tokens, SMOKE.train).run()
     assert result["n_skipped"] == 4 and result["n_rollbacks"] == 0
-    assert result["n_steps"] == 20 and np.isfinite(table(tmp_path).loss).all()
-    assert sum(e.startswith("step skipped: loss") for e in events(tmp_path)) == 4
+    good = [step for step in range(1, 21) if step - 1 not in (0, 5, 6, 9)]
+    assert table(tmp_path).step.tolist() == good and np.isfinite(table(tmp_path).loss).all()
+    assert sum("took no gradient: loss" in e for e in events(tmp_path)) == 4
 
 
-def test_skipped_steps_leave_the_run_as_if_their_data_were_not_there(
-    tmp_path, smoke_tokens, monkeypatch
+@pytest.mark.parametrize("n_bad", [0, 2, MAX_BAD_STEPS])
+def test_asking_the_device_for_the_next_step_early_changes_nothing(
+    tmp_path, smoke_tokens, monkeypatch, n_bad
 ):
-    reference = trainer(tmp_path / "reference", smoke_tokens, SMOKE.train)
-    reference.progress.data_step = 2
-    reference.run()
-    break_steps(monkeypatch, lambda n: n < 2)
-    trainer(tmp_path / "skips", smoke_tokens, SMOKE.train).run()
-    assert_same_run(tmp_path / "skips", tmp_path / "reference")
+    for n_ahead in (0, 1):
+        with monkeypatch.context() as patch:
+            # what was in flight when the run goes back is dropped with it
+            break_steps(patch, lambda n: 10 <= n < 10 + n_bad)
+            run = trainer(tmp_path / str(n_ahead), smoke_tokens, SMOKE.train, n_evals=4)
+            run.n_ahead = n_ahead
+            result = run.run()
+            assert result["n_skipped"] == n_bad and result["n_steps"] == 20
+    if n_bad < MAX_BAD_STEPS:
+        assert_same_run(tmp_path / "0", tmp_path / "1")
+    else:
+        assert result["n_rollbacks"] == 1 and table(tmp_path / "1").step.is_unique
 
 
 def test_several_bad_steps_go_back_to_the_checkpoint_with_other_data(
@@ -626,3 +634,29 @@ def test_twenty_steps_reproduce_the_stored_loss_curve(tmp_path, monkeypatch):
         golden.write_text(json.dumps([round(loss, 6) for loss in losses]) + "\n")
         pytest.fail("stored a new loss curve; look at it and commit it")
     assert losses == pytest.approx(json.loads(golden.read_text()), rel=1e-4)
+
+
+# ------------------------------------------------------------------ cool-downs
+
+
+def test_run_that_goes_on_from_a_snapshot_is_the_run_that_was_left_alone(tmp_path, smoke_tokens):
+    flat = override(SMOKE.train, schedule="wsd", warmup=0.0, cooldown=0.0)
+    trainer(tmp_path / "whole", smoke_tokens, flat, budget_steps=20).run()
+    trainer(tmp_path / "trunk", smoke_tokens, flat, budget_steps=12, snapshot_steps=(8, 12)).run()
+    branch = trainer(
+        tmp_path / "branch",
+        smoke_tokens,
+        flat,
+        budget_steps=12,
+        start_from="../trunk/snapshots/00000008",
+    )
+    result = branch.run()
+    whole, ours = table(tmp_path / "whole"), table(tmp_path / "branch")
+    assert ours.loss.tolist() == whole.loss.tolist()[8:]
+    assert ours.tokens.tolist() == whole.tokens.tolist()[8:]
+    assert result["n_tokens"] == runs.read_json(tmp_path / "whole" / "training.json")["n_tokens"]
+
+
+def test_missing_snapshot_is_named(tmp_path, smoke_tokens):
+    with pytest.raises(ValueError, match=r"start_from='\.\./no' is not there"):
+        trainer(tmp_path / "run", smoke_tokens, SMOKE.train, start_from="../no").run()

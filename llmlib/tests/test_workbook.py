@@ -1,12 +1,15 @@
 """The command line, and every notebook at smoke scale, twice."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
+import pandas as pd
 import papermill
 import pytest
 
@@ -24,6 +27,11 @@ def llmlib(*arguments, cwd=None):
         text=True,
         timeout=600,
     )
+
+
+def papermill_command(*arguments, cwd=None):
+    command = [sys.executable, "-m", "papermill", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +97,58 @@ def test_plain_papermill_reloads_a_finished_record_from_any_directory(
     assert (folder / "05_full_run" / "metrics.jsonl").read_bytes() == metrics
 
 
+@pytest.mark.parametrize("is_absolute", [True, False])
+def test_papermills_command_writes_where_it_is_told(workbook_run, tmp_path, is_absolute):
+    folder, _ = workbook_run
+    output = tmp_path / "out" / "sizing.ipynb" if is_absolute else Path("out/sizing.ipynb")
+    (tmp_path / "out").mkdir()
+    source = workbook.FOLDER / "03_sizing.ipynb"
+    parameters = ["-p", "scale", "smoke", "-p", "runs_dir", folder, "-p", "run_name", output.stem]
+    assert papermill_command(source, output, *parameters, cwd=tmp_path).returncode == 0
+    cells = nbformat.read(tmp_path / "out" / "sizing.ipynb", as_version=4).cells
+    assert all(cell.execution_count for cell in cells if cell.cell_type == "code")
+
+
+@pytest.mark.parametrize("stem", STEMS)
+def test_papermills_help_explains_every_parameter(stem):
+    result = papermill_command("--help-notebook", workbook.FOLDER / f"{stem}.ipynb")
+    assert result.returncode == 0, result.stderr
+    words = " ".join(result.stdout.split())  # long lines are wrapped
+    for name, parameter in workbook.notebook_parameters(stem).items():
+        kind, default = parameter["inferred_type_name"], parameter["default"]
+        assert f"{name}: {kind} (default {default}) {parameter['help']}" in words
+
+
+def test_nobody_watching_sees_figures_and_nothing_alive(workbook_run):
+    folder, _ = workbook_run
+    for stem in STEMS:
+        notebook = nbformat.read(folder / stem / "notebook.ipynb", as_version=4)
+        assert "widgets" not in notebook.metadata
+        for cell in notebook.cells:
+            figures = [o for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+            assert len(figures) <= 1
+            assert not (figures and "supervise(" in cell.source)
+
+
+def test_a_sweep_is_a_loop_and_meets_its_runs_and_others_in_06(workbook_run, tmp_path):
+    folder, _ = workbook_run
+    (folder / "external").mkdir()
+    (folder / "external" / "theirs.csv").write_text("step,loss\n1,6.0\n2,5.0\n")
+    sweep = f"""
+for lr in 1e-3 2e-3; do
+    papermill {workbook.FOLDER}/05_full_run.ipynb $lr.ipynb -p lr $lr -p run_name lr_$lr \\
+        -p scale smoke -p runs_dir {folder} || exit
+done"""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    subprocess.run(sweep, shell=True, check=True, cwd=tmp_path, env=os.environ | {"PATH": path})
+    again = llmlib("run", "--scale", "smoke", "--runs-dir", str(folder), "--only", "06")
+    assert again.returncode == 0, again.stderr
+    figures = folder / "06_loss_curves" / "figures"
+    expected = {"05_full_run", "lr_1e-3", "lr_2e-3"}
+    assert set(pd.read_csv(figures / "runs_compared.csv").run) == expected | {"external/theirs.csv"}
+    assert set(pd.read_csv(figures / "domains_compared.csv").run) == expected
+
+
 def test_another_config_is_refused_and_overwrites_nothing(workbook_run):
     folder, _ = workbook_run
     before = {p: p.read_bytes() for p in (folder / "03_sizing").glob("*.*")}
@@ -143,6 +203,27 @@ def test_notebooks_explain_what_is_missing(tmp_path, only, parameters, words):
         workbook.run_all("smoke", only, parameters, str(tmp_path))
     assert all(word in str(error.value) for word in [only, *words]), str(error.value)
     assert not (tmp_path / only / "summary.json").exists()
+
+
+def test_a_failing_notebook_leaves_its_cells_and_names_the_one(tmp_path, monkeypatch):
+    cells = [
+        nbformat.v4.new_code_cell('scale: str = ""\nruns_dir: str = ""'),
+        nbformat.v4.new_code_cell("print('as far as here')"),
+        nbformat.v4.new_code_cell("1 / 0"),
+    ]
+    cells[0].metadata.tags = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "", "language": "python"}}
+    notebook = nbformat.v4.new_notebook(cells=cells, metadata=kernel)
+    nbformat.write(notebook, tmp_path / "07_broken.ipynb")
+    monkeypatch.setattr(workbook, "FOLDER", tmp_path)
+    with pytest.raises(workbook.Failed, match=r"07_broken failed in cell 4: ZeroDivisionError"):
+        workbook.run_all("smoke", None, {}, str(tmp_path / "runs"))
+    record = tmp_path / "runs" / "07_broken"
+    assert not (record / "notebook.ipynb").exists()
+    partial = nbformat.read(record / "notebook.partial.ipynb", as_version=4)
+    outputs = [output for cell in partial.cells for output in cell.get("outputs", [])]
+    assert [o.text for o in outputs if o.output_type == "stream"] == ["as far as here\n"]
+    assert [o.ename for o in outputs if o.output_type == "error"] == ["ZeroDivisionError"]
 
 
 def test_selection_understands_names_lists_and_ranges():
