@@ -26,10 +26,11 @@ from torch import nn
 
 from llmlib import bench_model, runs
 from llmlib.bench_model import Job
-from llmlib.config import PRESETS, ModelConfig, TrainConfig, llama_config, resize
+from llmlib.config import PRESETS, ModelConfig, TrainConfig, llama_config, resize, to_json
 from llmlib.model import build_model
+from llmlib.optim import compute_dtype
 from llmlib.sizing import count_params, flops_per_token
-from llmlib.step import compute_dtype, pick_device
+from llmlib.step import pick_device
 
 PROCESSES = get_context("forkserver")  # each begins with the imports done
 PROCESSES.set_forkserver_preload(["llmlib.bench_model", "torch._dynamo"])
@@ -430,6 +431,17 @@ def check_losses(jobs: list[Job], n_steps: int) -> str:
     )
 
 
+def recorded(folder: Path = runs.ROOT / "runs" / "bench") -> pd.DataFrame:
+    """Tabulate the committed records of this command, one row per contestant."""
+    tables = []
+    for path in sorted(folder.glob("*.json")):
+        record = runs.read_json(path)
+        tables.append(
+            pd.DataFrame(record["rows"]).assign(machine=path.stem, losses=record["losses"])
+        )
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
 def main() -> None:
     """Time our step beside transformers' Llama and a plain fp32 step: same shape, batch and AdamW."""
     parser = argparse.ArgumentParser(prog="python -m llmlib.bench", description=main.__doc__)
@@ -460,7 +472,9 @@ def main() -> None:
     print(losses or "")
     if asked.output:
         rows = json.loads(table.to_json(orient="records"))
-        runs.write_json(asked.output, {"peak_flops_per_s": peak, "rows": rows, "losses": losses})
+        about = {"environment": runs.environment(), "model": to_json(model), **batch}
+        about |= {"dtype": str(compute_dtype(pick_device())), "peak_flops_per_s": peak}
+        runs.write_json(asked.output, about | {"rows": rows, "losses": losses})
 
 
 if __name__ == "__main__":

@@ -24,8 +24,8 @@ from llmlib import model as production
 from llmlib.config import ModelConfig, TrainConfig
 from llmlib.data import Batches, Tokens, prefetch
 from llmlib.model import LanguageModel, RMSNorm, build_model
-from llmlib.optim import build_optimizer, param_groups
-from llmlib.step import compile_model, compute_dtype, keep_freed_memory, pick_device, train_step
+from llmlib.optim import build_optimizer, compute_dtype, param_groups
+from llmlib.step import compile_model, keep_freed_memory, pick_device, train_step
 
 
 @dataclass(frozen=True)

@@ -144,12 +144,12 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     """Move the singular values of matrices (n, rows, columns) near 1: five Newton-Schulz steps.
 
     The polynomial and its coefficients are K. Jordan's (2024). In bf16 where the hardware multiplies
-    in it, as ``step.compute_dtype`` has it for the model; elsewhere that costs 60 times fp32's time.
+    in it, as the model does; elsewhere that costs 60 times fp32's time.
     """
     is_tall = matrices.size(1) > matrices.size(2)
     x = matrices.mT if is_tall else matrices
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    x = x.to(_product_dtype(matrices.device))
+    x = x.to(compute_dtype(matrices.device))
     for _ in range(5):
         gram = x @ x.mT
         x = torch.baddbmm(
@@ -158,7 +158,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return (x.mT if is_tall else x).to(matrices.dtype)
 
 
-def _product_dtype(device: torch.device) -> torch.dtype:
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Choose bf16 where the hardware multiplies in it, else fp32; weights are fp32 either way."""
     if device.type == "cuda":
         pays = torch.cuda.get_device_capability(device) >= (8, 0)
     else:

@@ -80,15 +80,6 @@ def pick_device(local_rank: int = 0) -> torch.device:
     return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """Choose bf16 where the hardware multiplies in it, else fp32; weights are fp32 either way."""
-    if device.type == "cuda":
-        pays = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        pays = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if pays else torch.float32
-
-
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """Compute matmuls in ``dtype``."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

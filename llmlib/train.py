@@ -33,14 +33,13 @@ from llmlib import checkpoint, data, runs
 from llmlib.clock import Budget, Ledger, heartbeat, last_heartbeat
 from llmlib.config import ModelConfig, TrainConfig
 from llmlib.model import build_model
-from llmlib.optim import build_optimizer
+from llmlib.optim import build_optimizer, compute_dtype
 from llmlib.schedule import lr_multiplier
 from llmlib.sizing import count_params, datasheet_peak, flops_per_token
 from llmlib.step import (
     Group,
     Reading,
     compile_model,
-    compute_dtype,
     evaluate,
     keep_freed_memory,
     pick_device,
@@ -91,6 +90,10 @@ class Flight:
     reading: Reading
     numbers: list[float] | None = None  # loss, gradient norm
     seconds: float = 0.0
+
+    @property
+    def is_good(self) -> bool:
+        return bool(np.isfinite(self.numbers).all())
 
 
 class Trainer:
@@ -243,22 +246,22 @@ class Trainer:
             self._halve_micro_batch()
 
     def _end_steps(self, n_left: int) -> None:
-        """Wait for all but the last few steps asked for, and judge and log them."""
+        """Wait for all but the last few steps asked for, and judge them."""
         while len(self.in_flight) > n_left:
             self._wait_for(flight := self.in_flight.popleft())
-            if not np.isfinite(flight.numbers).all():
-                self._skip_or_go_back(flight)
-            else:
+            if flight.is_good:
                 self.n_bad_in_a_row = 0
-                if self.group.leads:
-                    self._log_step(flight)
+            else:
+                self._skip_or_go_back(flight)
 
     def _wait_for(self, *flights: Flight) -> None:
-        """Learn how steps ended and book their time, once."""
+        """Learn how steps ended, book their time and log them, once."""
         for flight in flights:
             if flight.numbers is None:
                 flight.numbers = flight.reading.get()
                 flight.seconds = self._book_step()
+                if self.group.leads and flight.is_good:
+                    self._log_step(flight)
 
     @property
     def micro_batch(self) -> int:

@@ -580,7 +580,7 @@ def test_parameter_that_no_gradient_reaches_stops_the_run(tmp_path, smoke_tokens
 @pytest.mark.parametrize(
     ("harm", "message"),
     [
-        ({"schedule": "cosine"}, "schedule='cosine' is unknown"),
+        ({"schedule": "step"}, "schedule='cosine' is unknown"),
         ({"optimizer": "adam"}, "optimizer='adam' is unknown"),
         ({"lr": -1}, "lr=-1 is not positive"),
         ({"learning_rate": 1}, "learning_rate"),
