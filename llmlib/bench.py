@@ -239,6 +239,8 @@ def take_turns(jobs: list[Job], *, n_rounds: int, n_steps: int) -> pd.DataFrame:
                 wait([contestant.started for contestant in everyone if contestant.started])
                 for contestant in everyone:
                     contestant.wait()
+                if ours.note:
+                    raise ValueError(f"{ours.note}; try a smaller micro_batch or seq_len.")
                 for turn in range(n_rounds):
                     for contestant in everyone if turn % 2 == 0 else everyone[::-1]:
                         contestant.take_turn(n_steps)
@@ -341,14 +343,25 @@ def contexts(model: ModelConfig, train: TrainConfig) -> list[Job]:
     ]
 
 
+def cut(train: TrainConfig, micro_batch: int | None) -> TrainConfig:
+    """Take a step's sequences in micro-batches of another size; the tokens per step stay the same."""
+    n_sequences = train.micro_batch * train.grad_accum
+    size = micro_batch or train.micro_batch
+    if n_sequences % size:
+        raise ValueError(
+            f"micro_batch={size} does not divide the {n_sequences} sequences of a step."
+        )
+    return replace(train, micro_batch=size, grad_accum=n_sequences // size)
+
+
 def micro_batches(model: ModelConfig, train: TrainConfig) -> list[Job]:
     """Ways to cut the same step: from a quarter of the micro-batch to four times it, ours first."""
     n_sequences = train.micro_batch * train.grad_accum
     sizes = [int(train.micro_batch * factor) for factor in (1, 0.25, 0.5, 2, 4)]
-    cuts = [size for size in sizes if size and n_sequences % size == 0]
     return [
-        Job(f"{size}", model, replace(train, micro_batch=size, grad_accum=n_sequences // size))
-        for size in cuts
+        Job(f"{size}", model, cut(train, size))
+        for size in sizes
+        if size and n_sequences % size == 0
     ]
 
 

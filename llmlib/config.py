@@ -245,7 +245,13 @@ PRESETS = {
             eval_sequences=48,
             checkpoint_minutes=0.5,
         ),
-        minutes={"01_data_prep": 0.7, "02_throughput": 2.9, "05_full_run": 3.7},
+        minutes={
+            "01_data_prep": 0.7,
+            "02_throughput": 3.5,
+            "03_sizing": 2.5,
+            "04_recipe": 3.7,
+            "05_full_run": 3.5,
+        },
     ),
     "a100": Preset(
         scale="a100",

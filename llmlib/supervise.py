@@ -16,14 +16,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from IPython import get_ipython
-from IPython.display import DisplayHandle, display
 
 from llmlib import analysis, plots, runs
-from llmlib.widgets import is_attended
+from llmlib.widgets import display, is_attended, shell
+
+if TYPE_CHECKING:
+    from IPython.display import DisplayHandle
 
 POLL_SECONDS = 1.0
 CURVE_SECONDS = 10.0  # between drawings of the live curve
@@ -151,7 +152,7 @@ class Live:
         self.drawn_at = -math.inf
 
     def show(self, text: str, is_last: bool = False) -> None:
-        if get_ipython() is None:
+        if shell() is None:
             print(f"\r{text}", end="", flush=True)
             return
         self.line = _display({"text/plain": text}, self.line, raw=True)

@@ -6,13 +6,12 @@ in Jupyter's messaging protocol); papermill and nbconvert say that nobody can.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-from IPython import get_ipython
-from IPython.display import display
 from matplotlib.figure import Figure
 
 from llmlib import analysis, plots
@@ -28,9 +27,22 @@ AXES = {
 }
 
 
+def shell() -> Any | None:
+    """Return the IPython shell that runs this, if one does; IPython need not be installed."""
+    ipython = sys.modules.get("IPython")
+    return ipython and ipython.get_ipython()
+
+
+def display(what: Any, **options: Any) -> Any:
+    """Display something in the shell that runs this."""
+    from IPython.display import display as show
+
+    return show(what, **options)
+
+
 def is_attended() -> bool:
     """Say whether a person sits at the front end that runs this cell."""
-    parent = getattr(get_ipython(), "get_parent", dict)()
+    parent = getattr(shell(), "get_parent", dict)()
     return parent.get("content", {}).get("allow_stdin", False)
 
 

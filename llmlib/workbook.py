@@ -41,6 +41,9 @@ def run_all(scale: str, only: str | None, parameters: dict[str, str], runs_dir: 
     """Run the selected notebooks at a scale; parameters are given as text."""
     minutes = preset(scale).minutes
     stems = select(only)
+    runs_dir = runs_dir and str(Path(runs_dir).expanduser().resolve())  # not a notebook's folder
+    if (corpus := Path(parameters.get("corpus", ""))).parts and corpus.exists():
+        parameters = parameters | {"corpus": str(corpus.resolve())}
     given = {stem: parse_parameters(stem, parameters) for stem in stems}
     for name in parameters:
         if not any(name in values for values in given.values()):

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from llmlib import bench, bench_model
+from llmlib import bench, bench_model, runs
 from llmlib import model as production
 from llmlib.bench_model import FullLogits, Job, LowRMSNorm, Transformers
 from llmlib.config import PRESETS, gpt2_config, llama_config, override
@@ -224,8 +224,9 @@ def test_command_prints_ratios_and_says_what_is_missing(monkeypatch, capsys, tmp
     bench.main()
     printed = capsys.readouterr().out
     assert "failed: AttributeError" in printed and "2 steps of ours and eager" in printed
-    assert pd.read_json(output).rows.map(lambda row: row["name"]).tolist() == [
-        "ours",
-        "broken",
-        "eager",
-    ]
+    record = runs.read_json(output)
+    assert [row["name"] for row in record["rows"]] == ["ours", "broken", "eager"]
+    assert record["losses"] and record["peak_flops_per_s"] > 0
+    table = bench.recorded(tmp_path)
+    assert table.name.tolist() == ["ours", "broken", "eager"] and set(table.machine) == {"table"}
+    assert bench.recorded(tmp_path / "empty").empty

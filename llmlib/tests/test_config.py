@@ -50,7 +50,11 @@ def test_configs_survive_json(preset):
         (lambda: TrainConfig(budget_hours=-1.5), ["budget_hours=-1.5"]),
         (lambda: TrainConfig(budget_hours=None), ["no budget", "exactly one"]),
         (lambda: TrainConfig(budget_steps=5), ["budget_hours", "budget_steps", "exactly one"]),
-        (lambda: TrainConfig(warmup=1.5), ["warmup=1.5"]),
+        (lambda: TrainConfig(warmup=1.5), ["warmup=1.5", "share of the budget"]),
+        (lambda: TrainConfig(warmup=-0.1), ["warmup=-0.1", "0 to 0.99"]),
+        (lambda: TrainConfig(cooldown=1.0), ["cooldown=1.0", "share of the budget"]),
+        (lambda: TrainConfig(grad_clip=0.0), ["grad_clip=0.0", "positive"]),
+        (lambda: config.recipe("winner", "laptop"), ["winner", "winner2024, best"]),
         (lambda: DataConfig(test_size=1.0), ["test_size=1.0"]),
         (lambda: DataConfig(bpe_vocab_size=100), ["bpe_vocab_size=100", "257"]),
         (lambda: config.override(TrainConfig(), learning_rate=1.0), ["learning_rate", "lr"]),
@@ -65,6 +69,19 @@ def test_bad_values_are_named_with_the_remedy(build, words):
 def test_a_given_budget_replaces_the_one_that_was_there():
     train = config.override(TrainConfig(), budget_tokens=1000, lr=None)
     assert (train.budget_hours, train.budget_tokens, train.lr) == (None, 1000, 1.25e-3)
+
+
+@pytest.mark.parametrize("scale", config.PRESETS)
+def test_recipes_replace_each_other_whole_at_every_scale(scale):
+    winner = config.PRESETS[scale].train
+    best = config.override(winner, **config.recipe("best", scale))
+    assert (best.optimizer, best.lr) == ("muon", config.RECIPE_LR["best"][scale])
+    assert config.override(winner, **config.recipe("winner2024", scale)) == winner
+    assert config.override(best, **config.recipe("winner2024", scale)) == winner
+
+
+def test_training_without_clipping_can_be_asked_for():
+    assert TrainConfig(grad_clip=None).grad_clip is None
 
 
 def test_configs_cannot_be_changed_in_place():

@@ -207,7 +207,7 @@ def test_ademamix_steps_match_the_papers_equations(monkeypatch, horizon):
 
 @pytest.mark.parametrize("shape", [(3, 8, 24), (2, 24, 8), (4, 12, 12)])
 def test_orthogonalize_applies_its_polynomial_to_the_singular_values(shape, monkeypatch):
-    monkeypatch.setattr(optim, "_product_dtype", lambda _: torch.float32)
+    monkeypatch.setattr(optim, "compute_dtype", lambda _: torch.float32)
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     u, s, vt = torch.linalg.svd(matrices.double(), full_matrices=False)
     s /= s.norm(dim=-1, keepdim=True)
@@ -221,7 +221,7 @@ def test_orthogonalize_applies_its_polynomial_to_the_singular_values(shape, monk
 
 @pytest.mark.parametrize("arch", MODELS)
 def test_muon_steps_match_torchs_with_adamw_beside_it(arch, monkeypatch):
-    monkeypatch.setattr(optim, "_product_dtype", lambda _: torch.bfloat16)  # as torch's always is
+    monkeypatch.setattr(optim, "compute_dtype", lambda _: torch.bfloat16)  # as torch's always is
     ours, optimizer = build("muon", arch, weight_decay=0.1, matrix_lr=6e-3)
     theirs = build_model(MODELS[arch], seed=1)
     hidden, embeddings, vectors = split(theirs)

@@ -2,8 +2,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 
 from llmlib import plots
+from llmlib.surface import Optima
 
 DOMAINS = pd.DataFrame(
     {"domain": ["a", "b"], "tokens": [9, 1], "share": [0.9, 0.1], "bytes_per_token": [3.0, 4.0]}
@@ -45,6 +47,53 @@ FITS = pd.DataFrame(
     ],
     columns=["quantity", "measured", "n", "exponent", "standard_error"],
 )
+SETTINGS = pd.DataFrame(
+    {
+        "group": ["schedules", "claims"],
+        "setting": ["wsd", "gpt2"],
+        "optimizer": ["adamw", "muon"],
+        "recipe": ["winner2024", "best"],
+        "seed": [0, 0],
+        "lr": [1e-3, 1e-2],
+        "loss": [3.0, 2.9],
+        "difference": [-0.1, 0.2],
+        "share": [1.0, 0.3],
+        "bound": [False, True],
+    }
+)
+SEEDS = pd.concat(
+    CURVE.dropna(subset="val_loss").assign(recipe=recipe, seed=seed)
+    for recipe in ("winner2024", "best")
+    for seed in (0, 1)
+)
+VERDICT = pd.DataFrame(
+    {
+        "n_params": [1e6, 2e6, 4e6],
+        "loss": [3.02, 3.0, 3.1],
+        "loss_low": [2.9, 2.9, 2.9],
+        "loss_high": [3.2, 3.2, 3.2],
+        "in_basin": [False, True, False],
+        "is_extrapolated": [False, False, True],
+    }
+)
+POINTS = pd.DataFrame(
+    {
+        "flops": [1e9, 1e9, 1e9],
+        "n_params": [1e6, 2e6, 4e6],
+        "n_tokens": [4e6, 2e6, 1e6],
+        "loss": [3.1, 3.0, 3.1],
+        "predicted": [3.0, 3.0, 3.2],
+    }
+)
+VERTEX = POINTS[1:2].assign(curvature=0.1, is_extrapolated=False)
+DOMAIN_LOSSES = pd.DataFrame(
+    {
+        "run": ["one", "one", "two", "two"],
+        "domain": ["a", "b", "a", "b"],
+        "n_tokens": [9, 1, 9, 1],
+        "bits_per_byte": [1.2, 1.0, 1.3, 1.1],
+    }
+)
 SIZES = pd.DataFrame({"fit": "f", "n_params": [1e6, 1e7, 1e8], "loss": [3.2, 3.0, 3.1]})
 FIGURES = {
     "domain_mix": lambda: plots.domain_mix(DOMAINS),
@@ -66,7 +115,22 @@ FIGURES = {
         pd.DataFrame({"kind": ["training", "compile"], "seconds": [9.0, 1.0]})
     ),
     "compare_curves": lambda: plots.compare_curves({"one": CURVE, "two": CURVE}),
+    "domain_bars": lambda: plots.domain_bars(DOMAIN_LOSSES),
+    "sizing_verdict": lambda: plots.sizing_verdict(
+        VERDICT, VERDICT[["n_params"]][:1].assign(name="20:1"), "1 h"
+    ),
+    "isoflops": lambda: plots.isoflops(Optima(VERTEX, POINTS, 0.5, np.nan), {"another": VERTEX}),
+    "fit_residuals": lambda: plots.fit_residuals(POINTS),
+    "lr_sensitivity": lambda: plots.lr_sensitivity(SETTINGS),
+    "differences": lambda: plots.differences(SETTINGS, "title"),
+    "finalists": lambda: plots.finalists(SEEDS, "title"),
+    "time_to_target": lambda: plots.time_to_target(SETTINGS, "title"),
 }
+
+
+def test_every_figure_is_tested_here():
+    drawn = {name for name, draw in vars(plots).items() if hasattr(draw, "__wrapped__")}
+    assert set(FIGURES) == drawn
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -76,6 +140,20 @@ def test_every_axis_names_its_quantity_and_the_style_stays_ours(name):
     assert dict(plt.rcParams) == before
     assert all(axes.get_xlabel() for axes in figure.axes)
     assert any(axes.get_title(loc="left") for axes in figure.axes)
+
+
+def texts(figure):
+    """Everything a reader can read in a figure."""
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+def test_figures_of_the_recipe_name_their_winner_and_its_bounds():
+    failed = pd.concat([SETTINGS, SETTINGS[:1].assign(loss=np.nan, lr=1.0)])
+    figure = plots.lr_sensitivity(failed)
+    assert "Lowest loss: muon at a peak rate of 0.01" in texts(figure)
+    assert "at most 30%" in texts(FIGURES["time_to_target"]())
+    [reference] = [line for line in figure.axes[0].lines if line.get_label() == "adamw"]
+    assert len(reference.get_xdata()) == 1  # a failed run has no point
 
 
 def test_saved_figure_comes_with_its_data(tmp_path):

@@ -58,7 +58,9 @@ def test_every_cool_down_starts_from_a_snapshot_that_its_trunk_keeps(scale):
         trunk_model, trunk = trunks[name.split("/")[0]]
         kept = [f"{name.split('/')[0]}/trunk/snapshots/{s:08d}" for s in trunk.snapshot_steps]
         assert os.path.normpath(f"{name}/{cooling.start_from}") in kept
-        assert max(trunk.snapshot_steps) == trunk.budget_steps  # no step of the trunk is for nothing
+        assert (
+            max(trunk.snapshot_steps) == trunk.budget_steps
+        )  # no step of the trunk is for nothing
         assert model == trunk_model
         assert (cooling.lr, cooling.seed) == (trunk.lr, trunk.seed)
 
@@ -192,10 +194,10 @@ def losses(run):
 
 @pytest.fixture(scope="module")
 def finished(smoke_tokens, tmp_path_factory):
-    """A ladder of one size, and beside it a run that can't begin and one that can."""
+    """A ladder of one size, and before it a run that can't begin."""
     folder = tmp_path_factory.mktemp("study")
     small = override(SMOKE.model, vocab_size=256)
-    settings = {"no_room": (small, TRAIN), **ladder(), "plain": (SMOKE.model, SMOKE.train)}
+    settings = {"no_room": (small, TRAIN), **ladder()}
     return folder, settings, study.run_study(folder, settings, smoke_tokens, about={"n_tokens": 7})
 
 
@@ -208,8 +210,8 @@ def test_study_has_a_row_for_every_run_and_goes_on_past_a_failed_one(finished):
     others = rows.drop("no_room")
     assert (others.status == "finished").all() and np.isfinite(others.loss).all()
     assert rows.n_params.tolist() == [count_params(model) for model, _ in settings.values()]
-    assert rows.n_steps["plain"] == SMOKE.train.budget_steps
-    assert runs.read_json(folder / "plain" / "config.json")["data"] == {"n_tokens": 7}
+    assert rows.n_steps["1x32/trunk"] == settings["1x32/trunk"][1].budget_steps
+    assert runs.read_json(folder / "1x32/trunk/config.json")["data"] == {"n_tokens": 7}
 
 
 def test_cool_downs_wait_for_their_trunk_and_count_its_tokens(finished):
@@ -239,14 +241,14 @@ def test_finished_study_trains_nothing_again(finished, smoke_tokens, quick):
     again = study.run_study(folder, kept, smoke_tokens, about={"n_tokens": 7})
     assert {p: p.stat().st_mtime_ns for p in folder.glob("**/*") if p.is_file()} == before
     expected = table[table.run != "no_room"].reset_index(drop=True)
-    pd.testing.assert_frame_equal(again, expected)
+    pd.testing.assert_frame_equal(again, expected, check_dtype=False)  # counts beside a gap
 
 
 def test_runs_of_another_config_are_refused(finished, smoke_tokens):
     folder, settings, _ = finished
-    model, train = settings["plain"]
-    with pytest.raises(ValueError, match=r"run plain in .* was made with another config"):
-        study.run_study(folder, {"plain": (model, override(train, lr=1.0))}, smoke_tokens)
+    model, train = settings["1x32/trunk"]
+    with pytest.raises(ValueError, match=r"run trunk in .* was made with another config"):
+        study.run_study(folder, {"1x32/trunk": (model, override(train, lr=1.0))}, smoke_tokens)
 
 
 def test_interrupted_study_goes_on_where_it_stopped(finished, smoke_tokens, tmp_path, monkeypatch):
@@ -357,7 +359,13 @@ def test_share_to_target_is_read_off_a_loss_that_is_linear_in_the_logarithm(targ
 def test_whole_runs_are_the_finished_ones_with_all_of_the_budget():
     table = FINALS.copy()
     table.loc[0, "status"] = "failed: no output"
-    expected = [("winner2024", "1"), ("winner2024", "2"), ("best", "0"), ("best", "1"), ("best", "2")]
+    expected = [
+        ("winner2024", "1"),
+        ("winner2024", "2"),
+        ("best", "0"),
+        ("best", "1"),
+        ("best", "2"),
+    ]
     assert [(recipe, seed) for _, recipe, seed in study.whole_runs(table)] == expected
     assert study.whole_runs(table)[0][0] == "finalists/winner2024-x1-seed1"
 

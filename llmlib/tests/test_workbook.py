@@ -16,7 +16,9 @@ import pytest
 from llmlib import runs, workbook
 from llmlib.supervise import last_metrics
 
-STEMS = ["01_data_prep", "02_throughput", "03_sizing", "05_full_run", "06_loss_curves"]
+STEMS = [
+    "01_data_prep", "02_throughput", "03_sizing", "04_recipe", "05_full_run", "06_loss_curves",
+]  # fmt: skip
 
 
 def llmlib(*arguments, cwd=None):
@@ -57,7 +59,7 @@ def test_notebooks_run_in_order_and_leave_records(workbook_run):
         for figure in (record / "figures").glob("*.png"):
             assert figure.with_suffix(".svg").exists()
             assert figure.with_suffix(".csv").exists()
-    assert len(list(folder.glob("*/figures/*.png"))) >= 7
+    assert len(list(folder.glob("*/figures/*.png"))) >= 15
     assert (folder / "05_full_run" / "model.safetensors").exists()
 
 
@@ -77,7 +79,7 @@ def test_second_run_keeps_what_is_finished(workbook_run):
     written = {p: p.stat().st_mtime_ns for p in folder.glob("0[1-5]*/**/*") if p.is_file()}
     second = llmlib("run", "--scale", "smoke", "--runs-dir", str(folder))
     assert second.returncode == 0, second.stderr
-    assert second.stdout.count("finished earlier, kept") == 4  # 06 looks for new runs each time
+    assert second.stdout.count("finished earlier, kept") == 5  # 06 looks for new runs each time
     assert {p: p.stat().st_mtime_ns for p in written} == written
 
 
@@ -100,12 +102,12 @@ def test_plain_papermill_reloads_a_finished_record_from_any_directory(
 @pytest.mark.parametrize("is_absolute", [True, False])
 def test_papermills_command_writes_where_it_is_told(workbook_run, tmp_path, is_absolute):
     folder, _ = workbook_run
-    output = tmp_path / "out" / "sizing.ipynb" if is_absolute else Path("out/sizing.ipynb")
+    output = tmp_path / "out" / "curves.ipynb" if is_absolute else Path("out/curves.ipynb")
     (tmp_path / "out").mkdir()
-    source = workbook.FOLDER / "03_sizing.ipynb"
+    source = workbook.FOLDER / "06_loss_curves.ipynb"
     parameters = ["-p", "scale", "smoke", "-p", "runs_dir", folder, "-p", "run_name", output.stem]
     assert papermill_command(source, output, *parameters, cwd=tmp_path).returncode == 0
-    cells = nbformat.read(tmp_path / "out" / "sizing.ipynb", as_version=4).cells
+    cells = nbformat.read(tmp_path / "out" / "curves.ipynb", as_version=4).cells
     assert all(cell.execution_count for cell in cells if cell.cell_type == "code")
 
 
@@ -194,6 +196,7 @@ def test_wrong_requests_end_with_status_2_and_the_remedy(arguments, words):
     [
         ("01_data_prep", {"corpus": "no/such/folder/at/all"}, ["does not exist", "no/such/folder"]),
         ("03_sizing", {}, ["run 02_throughput first"]),
+        ("04_recipe", {}, ["run 01_data_prep first"]),
         ("05_full_run", {}, ["run 01_data_prep first"]),
         ("06_loss_curves", {}, ["run 05_full_run first"]),
     ],
@@ -230,7 +233,7 @@ def test_selection_understands_names_lists_and_ranges():
     assert workbook.select(None) == STEMS
     assert workbook.select("03_sizing") == ["03_sizing"]
     assert workbook.select("5,01") == ["01_data_prep", "05_full_run"]
-    assert workbook.select("02-05") == ["02_throughput", "03_sizing", "05_full_run"]
+    assert workbook.select("02-05") == STEMS[1:5]
 
 
 def test_notebook_sources_are_clean_and_have_parameters():
@@ -250,7 +253,8 @@ def test_an_interrupted_workbook_goes_on_where_it_stopped(tmp_path):
     arguments = ["run", "--scale", "smoke", "--runs-dir", str(tmp_path), "--only", "01,05"]
     arguments += ["-p", "budget_tokens", "600000"]
     record = tmp_path / "05_full_run"
-    runs.write_json(tmp_path / "02_throughput" / "summary.json", {"peak_flops_per_s": 1e11})
+    measured = {"peak_flops_per_s": 1e11, "micro_batch": {"micro_batch": 8, "grad_accum": 2}}
+    runs.write_json(tmp_path / "02_throughput" / "summary.json", measured)
     process = subprocess.Popen(
         [sys.executable, "-m", "llmlib", *arguments],
         stdout=subprocess.DEVNULL,
