@@ -37,13 +37,18 @@ PROCESSES.set_forkserver_preload(["llmlib.bench_model", "torch._dynamo"])
 AT_ONCE = 4  # rivals that share the machine's memory, beside the one they are held against
 SHAPES = {  # (n_layer, d_model), several at about the same number of parameters
     "smoke": [(2, 64), (2, 32), (1, 96)],
-    "laptop": [(2, 64), (2, 128), (1, 160), (2, 256), (4, 192), (4, 256)],
+    "laptop": [(2, 64), (2, 128), (1, 160), (2, 256), (4, 192)],
     "a100": [
         *[(6, 384), (10, 320), (6, 768), (16, 512), (12, 768)],
         *[(10, 1024), (20, 768), (6, 1280), (10, 1536), (24, 1024)],
     ],
 }
 SQUARES = {"smoke": (256,), "laptop": (1024, 2048), "a100": (4096, 8192)}
+TARGETS = {  # how much faster than each rival; a CPU's are meant for one with bf16 matrix units
+    ("cpu", "transformers, compiled"): 1.6,
+    ("cpu", "fp32, eager"): 4.5,
+    ("cuda", "transformers, compiled"): 1.15,
+}
 TURNS = {  # timed steps per turn, and turns
     "smoke": {"n_rounds": 2, "n_steps": 1},
     "laptop": {"n_rounds": 5, "n_steps": 2},
@@ -453,6 +458,18 @@ def recorded(folder: Path = runs.ROOT / "runs" / "bench") -> pd.DataFrame:
             pd.DataFrame(record["rows"]).assign(machine=path.stem, losses=record["losses"])
         )
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
+
+
+def against_targets(beside: pd.DataFrame) -> list[str]:
+    """Say of each rival whether the target was met, and what the measured peak would allow at most."""
+    return [
+        f"{row.machine}: {row.speed_up:.2f} times as fast as {row.rival}, target {target}: "
+        + ("met" if row.speed_up >= target else f"missed by {1 - row.speed_up / target:.0%}")
+        + f"; at the measured peak it would be {1 / row.mfu:.2f}"
+        for _, row in beside.rename(columns={"name": "rival"}).iterrows()
+        for target in [TARGETS.get((row.machine.split("-")[0], row.rival))]
+        if target
+    ]
 
 
 def main() -> None:

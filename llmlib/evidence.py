@@ -17,8 +17,6 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from llmlib import runs
 from llmlib.supervise import last_metrics
 
@@ -30,7 +28,9 @@ except ImportError:  # there is no papermill
 # Minutes at "a100", estimated for an H100 at 40 % of its peak and 20 s for every process that starts.
 MINUTES = {"tests": 3, "data": 1, "throughput": 17, "beside": 3, "winner2024": 6, "best": 6}
 MINUTES |= {"ladder": 10, "compare": 1}
-BUDGET_HOURS = {"smoke": 0.003, "a100": 0.075}  # of winner2024 and of best
+NOTEBOOKS = {"throughput": "02_throughput", "ladder": "03_sizing", "compare": "06_loss_curves"}
+BUDGETED = ("winner2024", "best")
+BUDGET_HOURS = {"smoke": 0.003, "a100": 0.075}  # of these two
 LADDER_FACTOR = {"smoke": 1.0, "a100": 0.2}  # of the tokens of 03's ladder
 BESIDE = {
     "smoke": "--n-layer 1 --d-model 64 --vocab-size 512 --seq-len 64 --rounds 2 --steps 1",
@@ -63,27 +63,26 @@ def take_step(step: str, out: Path, scale: str, corpus: str) -> None:
         runs.write_json(out / "tests" / "environment.json", runs.environment())
         if done.returncode:
             raise ValueError(f"the tests ended with status {done.returncode}; see above.")
-    elif step == "throughput":
-        execute("02_throughput", shared)
     elif step == "beside":
-        name = runs.environment()["device"].replace(" ", "-")
-        command = [sys.executable, "-m", "llmlib.bench", *BESIDE[scale].split()]
-        subprocess.run([*command, "--output", out / "bench" / f"{name}.json"], check=True)
-    elif step in ("winner2024", "best"):
-        values = {"run_name": step, "recipe": step, "budget_hours": BUDGET_HOURS[scale]}
-        execute_and_kill("05_full_run", shared | values | {"prompt": "The "})
-    elif step == "ladder":
-        execute("03_sizing", shared | {"ladder_factor": LADDER_FACTOR[scale]})
-    elif step == "compare":
-        execute("06_loss_curves", shared)
+        path = out / "bench" / f"{runs.environment()['device'].replace(' ', '-')}.json"
+        if not path.exists():
+            command = [sys.executable, "-m", "llmlib.bench", *BESIDE[scale].split()]
+            subprocess.run([*command, "--output", path], check=True)
+    elif step in BUDGETED:
+        budget = {"recipe": step, "budget_hours": BUDGET_HOURS[scale], "prompt": "The "}
+        execute_and_kill("05_full_run", shared | {"run_name": step} | budget, out / step)
+    elif step in NOTEBOOKS:
+        factor = {"ladder_factor": LADDER_FACTOR[scale]} if step == "ladder" else {}
+        execute(NOTEBOOKS[step], shared | factor)
 
 
 def execute(stem: str, values: dict[str, Any]) -> None:
-    """Execute a notebook with parameters, as ``llmlib run`` does, or its cells alone."""
+    """Execute a notebook with parameters, as ``llmlib run`` does, or else its cells alone."""
     print(f"--- {stem} {values}", flush=True)
     if workbook:
-        return workbook.execute(stem, record_of(stem, values), values)
-    namespace = {"__name__": "__main__", "display": show}
+        record = Path(values["runs_dir"]) / values.get("run_name", stem)
+        return workbook.execute(stem, record, values)
+    namespace = {"__name__": "__main__", "display": lambda what: None}  # the record has it
     for i, cell in enumerate(runs.read_json(runs.ROOT / "notebooks" / f"{stem}.ipynb")["cells"]):
         if cell["cell_type"] == "code":
             source, place = "".join(cell["source"]), f"{stem}, cell {i + 1}"
@@ -92,22 +91,19 @@ def execute(stem: str, values: dict[str, Any]) -> None:
             namespace |= values
 
 
-def record_of(stem: str, values: dict[str, Any]) -> Path:
-    return Path(values["runs_dir"]) / values.get("run_name", stem)
-
-
-def show(what: Any) -> None:
-    """Print the table in what a notebook displays; figures are in the record."""
-    table = getattr(what, "data", what)
-    if isinstance(table, pd.DataFrame):
-        print(table.to_string())
-
-
-def execute_and_kill(stem: str, values: dict[str, Any]) -> None:
-    """Execute a training notebook whose run is killed halfway, once; it goes on when executed again."""
-    note, is_over = record_of(stem, values) / "killed.json", threading.Event()
+def execute_and_kill(stem: str, values: dict[str, Any], run: Path) -> None:
+    """Execute a training notebook, kill its run once at half its budget, and execute it again."""
+    note, is_over = run / "killed.json", threading.Event()
     was_killed = note.exists()
-    threading.Thread(target=kill_halfway, args=(note, is_over), daemon=True).start()
+
+    def kill_halfway() -> None:
+        while not (is_over.wait(0.1) or note.exists()):
+            row = last_metrics(run)
+            if row and row["progress"] >= 0.5 and (owner := runs.lock_owner(run)):
+                runs.write_json(note, row)
+                os.kill(int(owner.split()[1]), signal.SIGKILL)  # "process 123 on ..."
+
+    threading.Thread(target=kill_halfway, daemon=True).start()
     try:
         execute(stem, values)
     except Exception as error:
@@ -117,15 +113,6 @@ def execute_and_kill(stem: str, values: dict[str, Any]) -> None:
         execute(stem, values)
     finally:
         is_over.set()
-
-
-def kill_halfway(note: Path, is_over: threading.Event) -> None:
-    """Kill the process of the run beside the note at half its budget, and note where it was."""
-    while not (is_over.wait(0.1) or note.exists()):
-        row = last_metrics(note.parent)
-        if row and row["progress"] >= 0.5 and (owner := runs.lock_owner(note.parent)):
-            runs.write_json(note, row)
-            os.kill(int(owner.split()[1]), signal.SIGKILL)
 
 
 def pack(out: Path) -> Path:

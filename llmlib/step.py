@@ -139,7 +139,10 @@ def train_step(
     if dist.is_initialized():
         dist.all_reduce(total)
         total /= dist.get_world_size()
-    norm = clip_gradients([p.grad for p in model.parameters()], total, grad_clip)
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    missing = [name for name, grad in grads.items() if grad is None]
+    assert not missing, f"no gradient reached {missing}"
+    norm = clip_gradients(list(grads.values()), total, grad_clip)
     optimizer.step()
     return total, norm
 

@@ -263,7 +263,7 @@ def _timed(train: TrainConfig, minutes: float) -> TrainConfig:
 
 PLANS = {
     "smoke": Plan(0.02, 0.02, 2, factors=(1.0,), shares=(0.5,), n_trials=2),
-    "laptop": Plan(0.2, 0.1, 3),
+    "laptop": Plan(0.15, 0.08, 3),
     "a100": Plan(30.0, 6.0, 3),
 }
 

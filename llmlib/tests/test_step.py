@@ -72,7 +72,7 @@ def test_step_that_is_not_finite_takes_no_gradient_and_says_so(where):
     model, optimizer, inputs, targets = setup()
     if where == "loss":
         broken = lambda x, y: model(x, y) * math.inf  # noqa: E731
-        broken.parameters = model.parameters
+        broken.named_parameters = model.named_parameters
     else:
         broken = model
         model.norm.weight.register_hook(lambda grad: grad * math.nan)
