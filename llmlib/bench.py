@@ -26,7 +26,7 @@ from torch import nn
 
 from llmlib import bench_model, runs
 from llmlib.bench_model import Job
-from llmlib.config import PRESETS, ModelConfig, TrainConfig, llama_config, resize, to_json
+from llmlib.config import PRESETS, ModelConfig, TrainConfig, cut, llama_config, resize, to_json
 from llmlib.model import build_model
 from llmlib.optim import compute_dtype
 from llmlib.sizing import count_params, flops_per_token
@@ -346,17 +346,6 @@ def contexts(model: ModelConfig, train: TrainConfig) -> list[Job]:
         )
         for factor in (1, 0.5, 2)
     ]
-
-
-def cut(train: TrainConfig, micro_batch: int | None) -> TrainConfig:
-    """Take a step's sequences in micro-batches of another size; the tokens per step stay the same."""
-    n_sequences = train.micro_batch * train.grad_accum
-    size = micro_batch or train.micro_batch
-    if n_sequences % size:
-        raise ValueError(
-            f"micro_batch={size} does not divide the {n_sequences} sequences of a step."
-        )
-    return replace(train, micro_batch=size, grad_accum=n_sequences // size)
 
 
 def micro_batches(model: ModelConfig, train: TrainConfig) -> list[Job]:

@@ -285,6 +285,17 @@ def override(config: Any, **changes: Any) -> Any:
     return replace(config, **changes)
 
 
+def cut(train: TrainConfig, micro_batch: int | None) -> TrainConfig:
+    """Take a step's sequences in micro-batches of this size, if one is given; tokens per step stay."""
+    n_sequences = train.micro_batch * train.grad_accum
+    size = train.micro_batch if micro_batch is None else micro_batch
+    if size < 1 or n_sequences % size:
+        raise ValueError(
+            f"micro_batch={size} does not divide a step's {n_sequences} sequences; give a divisor."
+        )
+    return replace(train, micro_batch=size, grad_accum=n_sequences // size)
+
+
 def to_json(config: Any) -> dict[str, Any]:
     """Turn a config into plain JSON types."""
     return {

@@ -96,3 +96,12 @@ def test_resize_keeps_what_is_not_asked_for():
     assert (wide.n_layer, wide.d_model, wide.d_head) == (base.n_layer, 256, base.d_head)
     assert (wide.vocab_size, wide.seq_len) == (base.vocab_size, base.seq_len)
     assert config.resize(ModelConfig(), arch="gpt2") == config.gpt2_config()
+
+
+def test_another_micro_batch_leaves_the_tokens_per_step():
+    train = TrainConfig(micro_batch=64, grad_accum=4)
+    other = config.cut(train, 8)
+    assert (other.micro_batch, other.grad_accum) == (8, 32)
+    assert config.cut(train, None) == train
+    with pytest.raises(ValueError, match="micro_batch=7 does not divide a step's 256 sequences"):
+        config.cut(train, 7)
