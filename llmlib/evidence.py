@@ -30,7 +30,7 @@ MINUTES = {"tests": 3, "data": 1, "throughput": 17, "beside": 3, "winner2024": 6
 MINUTES |= {"ladder": 10, "compare": 1}
 NOTEBOOKS = {"throughput": "02_throughput", "ladder": "03_sizing", "compare": "06_loss_curves"}
 BUDGETED = ("winner2024", "best")
-BUDGET_HOURS = {"smoke": 0.003, "a100": 0.075}  # of these two
+BUDGET_HOURS = {"smoke": 0.004, "a100": 0.075}  # of these two
 LADDER_FACTOR = {"smoke": 1.0, "a100": 0.2}  # of the tokens of 03's ladder
 BESIDE = {
     "smoke": "--n-layer 1 --d-model 64 --vocab-size 512 --seq-len 64 --rounds 2 --steps 1",

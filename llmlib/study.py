@@ -242,7 +242,7 @@ class Plan:
     minutes_per_run: float
     minutes_per_trial: float
     n_seeds: int
-    factors: tuple[float, ...] = (0.5, 1.0, 2.0)  # of the guessed learning rates
+    factors: tuple[float, ...] = (0.5, 1.0, 2.0, 4.0)  # of the guessed learning rates
     shares: tuple[float, ...] = (0.25, 0.5)  # of the budget, for the time to a target
     n_trials: int | None = None  # of each kind; None: all
 

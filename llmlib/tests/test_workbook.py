@@ -27,13 +27,13 @@ def llmlib(*arguments, cwd=None):
         cwd=cwd,
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1800,
     )
 
 
 def papermill_command(*arguments, cwd=None):
     command = [sys.executable, "-m", "papermill", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=1800)
 
 
 @pytest.fixture(scope="module")
