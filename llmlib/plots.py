@@ -597,11 +597,11 @@ def finalists(curves: pd.DataFrame, title: str) -> Figure:
 def time_to_target(table: pd.DataFrame, title: str) -> Figure:
     """Show the share of the budget that each recipe needs for one loss; ``recipe``, ``share``, ``bound``."""
     figure, axes = plt.subplots(figsize=(7.2, 0.9 + 0.4 * len(table)))
-    for look, (i, row) in zip(cycle(LOOKS), table.iloc[::-1].reset_index(drop=True).iterrows()):
-        axes.barh(i, row.share, color=look["color"], height=0.6)
+    for look, row, y in zip(cycle(LOOKS), table.itertuples(), range(len(table) - 1, -1, -1)):
+        axes.barh(y, row.share, color=look["color"], height=0.6)
         sign = "at most " if row.bound else ""
         axes.annotate(
-            f"{sign}{row.share:.0%}", (row.share, i), xytext=(4, 0), textcoords="offset points",
+            f"{sign}{row.share:.0%}", (row.share, y), xytext=(4, 0), textcoords="offset points",
             va="center",
         )  # fmt: skip
     axes.set(yticks=range(len(table)), xlim=(0, 1.15 * table.share.max()))
