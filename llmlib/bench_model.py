@@ -7,9 +7,11 @@ away by altering what was built. ``start`` and ``turn`` hold the one stage of a 
 
 from __future__ import annotations
 
+import os
 import resource
 import tempfile
 import time
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,6 +110,7 @@ def without_levers(
     """Alter a built model; complex RoPE replaces ours in the whole process."""
     if "real RoPE" in without:
         production.rotate = rotate_complex
+        warnings.filterwarnings("ignore", message="Torchinductor does not support code generation")
     for parent in list(model.modules()):
         for name, norm in list(parent.named_children()):
             if isinstance(norm, RMSNorm) and "RMSNorm" in without:
@@ -255,6 +258,7 @@ def breakdown(job: Job, n_steps: int) -> dict[str, float]:
     They sum to the wall time of a step under the profiler: "idle and other" is what no operator
     claims. "bare step" is that time without a profiler, "read one batch" what a batch costs alone.
     """
+    os.environ["KINETO_LOG_LEVEL"] = "99"  # no notes on starting and stopping
     torch._inductor.config.cpp.enable_kernel_profile = True
     start(job)
     on_device = _stage.device.type == "cuda"
