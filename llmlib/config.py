@@ -140,6 +140,7 @@ class TrainConfig:
     seed: int = 0
     n_evals: int = 20  # validations over the whole budget
     eval_sequences: int = 1024  # at most so many, always the same
+    eval_all: bool = True  # the final validation takes the whole split
     checkpoint_minutes: float = 10.0
     keep_checkpoints: int = 2  # newest ones kept, beside the best
     align_documents: bool = False  # start training windows at documents where possible
@@ -247,10 +248,10 @@ PRESETS = {
         ),
         minutes={
             "01_data_prep": 0.7,
-            "02_throughput": 3.5,
-            "03_sizing": 2.5,
-            "04_recipe": 3.7,
-            "05_full_run": 3.5,
+            "02_throughput": 4.9,
+            "03_sizing": 2.4,
+            "04_recipe": 3.4,
+            "05_full_run": 3.3,
         },
     ),
     "a100": Preset(

@@ -490,16 +490,13 @@ def isoflops(found: Optima, others: dict[str, pd.DataFrame]) -> Figure:
         ends = np.log([*points.n_params, vertex.n_params])
         x = np.linspace(ends.min(), ends.max(), 100)
         y = vertex.loss + vertex.curvature * (x - np.log(vertex.n_params)) ** 2
-        left.plot(points.n_params, points.loss, look["marker"], color=color)
+        label = f"{vertex.flops:.1e}".replace("e+", "e")
+        left.plot(points.n_params, points.loss, look["marker"], color=color, label=label)
         left.plot(np.exp(x), y, color=color, linestyle=look["linestyle"], linewidth=1)
         fill = "none" if vertex.is_extrapolated else "full"
         left.plot(vertex.n_params, vertex.loss, "*", color=color, markersize=12, fillstyle=fill)
-        left.annotate(
-            f"{vertex.flops:.1e} FLOP".replace("e+", "e"), (np.exp(x[-1]), y[-1]), xytext=(4, 0), fontsize=8, va="center",
-            textcoords="offset points",
-        )  # fmt: skip
     left.set(xlabel="Parameters", ylabel="Loss [nats/token]", xscale="log")
-    left.margins(x=0.2)
+    left.legend(title="compute [FLOP]", fontsize=9)
     for look, (name, table) in zip(
         cycle(LOOKS), {"IsoFLOP parabolas": found.optima, **others}.items()
     ):
@@ -530,7 +527,7 @@ def fit_residuals(points: pd.DataFrame) -> Figure:
         axes.plot(points[quantity], residual, look["marker"], color=look["color"], alpha=0.7)
         axes.axhline(0, color=BLACK, linestyle=":", linewidth=1)
         axes.set(xscale="log", xlabel=label)
-        _thousands(axes.xaxis)
+        _ones_and_threes(axes.xaxis)
     panels[0].set(ylabel="Measured / fitted loss \u2212 1 [\u2030]")
     panels[0].set_title(f"Half of the points lie within {residual.abs().median():.1f} \u2030")
     return figure

@@ -257,8 +257,15 @@ class Plan:
 
 
 def _timed(train: TrainConfig, minutes: float) -> TrainConfig:
-    """Give a run its minutes; compiling does not pay within less than one."""
-    return override(train, budget_hours=minutes / 60, compile=train.compile and minutes >= 1)
+    """Give a run its minutes; within less than one, compiling and long validations do not pay."""
+    is_long = minutes >= 1
+    return override(
+        train,
+        budget_hours=minutes / 60,
+        compile=train.compile and is_long,
+        n_evals=train.n_evals if is_long else 3,
+        eval_all=is_long,
+    )
 
 
 PLANS = {
@@ -306,7 +313,7 @@ class Ladder:
 
 LADDERS = {
     "smoke": Ladder(((1, 32), (2, 32), (2, 64)), (8_192, 16_384, 32_768)),
-    "laptop": Ladder(((1, 48), (2, 64), (2, 96), (2, 128), (3, 192)), (65_536, 131_072, 262_144)),
+    "laptop": Ladder(((1, 48), (2, 64), (2, 96), (2, 128), (3, 192)), (32_768, 65_536, 131_072)),
     "a100": Ladder(
         ((6, 320), (6, 512), (10, 640), (10, 768), (10, 1024)),
         (26_214_400, 52_428_800, 104_857_600),
@@ -317,7 +324,7 @@ LADDERS = {
 def ladder_settings(base: ModelConfig, train: TrainConfig, ladder: Ladder) -> Settings:
     """For every size a trunk at constant rate, and from it a cool-down to zero for every token count.
 
-    Peak rates fall with the root of the width; short ladders don't pay for compiling. Cooled-down runs are whole runs: their losses are
+    Peak rates fall with the root of the width; compiling and long validations do not pay in short ladders. Cooled-down runs are whole runs: their losses are
     those of a run of that length (Hägele et al. 2024, arXiv:2405.18392).
     """
     settings: Settings = {}
@@ -327,8 +334,10 @@ def ladder_settings(base: ModelConfig, train: TrainConfig, ladder: Ladder) -> Se
     for n_layer, d_model in ladder.sizes:
         model = resize(base, arch=base.arch, n_layer=n_layer, d_model=d_model)
         lr = train.lr * (base.d_model / d_model) ** 0.5
-        compiles = train.compile and ladder.n_tokens[-1] >= 1_000_000
-        shared = override(train, lr=lr, n_evals=1, compile=compiles)
+        is_long = ladder.n_tokens[-1] >= 1_000_000
+        shared = override(
+            train, lr=lr, n_evals=1, compile=train.compile and is_long, eval_all=is_long
+        )
         trunk = override(shared, budget_steps=starts[-1], schedule="wsd")
         warmup = train.warmup * ends[0] / starts[-1]
         name = f"{n_layer}x{d_model}"

@@ -159,7 +159,7 @@ class Trainer:
         )
         val = data.open_split(tokens, "val")
         self.windows = data.eval_windows(val, seq_len, config.eval_sequences)
-        self.all_windows = data.eval_windows(val, seq_len)
+        self.all_windows = data.eval_windows(val, seq_len) if config.eval_all else self.windows
         self.progress = Progress(config.micro_batch, _sha256(self.windows))
 
     # ------------------------------------------------------------------ the algorithm
