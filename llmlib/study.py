@@ -324,8 +324,9 @@ LADDERS = {
 def ladder_settings(base: ModelConfig, train: TrainConfig, ladder: Ladder) -> Settings:
     """For every size a trunk at constant rate, and from it a cool-down to zero for every token count.
 
-    Peak rates fall with the root of the width; compiling and long validations do not pay in short ladders. Cooled-down runs are whole runs: their losses are
-    those of a run of that length (Hägele et al. 2024, arXiv:2405.18392).
+    Peak rates fall with the root of the width. Cooled-down runs are whole runs: their losses are those
+    of a run of that length (Hägele et al. 2024, arXiv:2405.18392). In short ladders, compiling and long
+    validations do not pay.
     """
     settings: Settings = {}
     tokens_per_step = train.micro_batch * train.grad_accum * base.seq_len

@@ -58,9 +58,7 @@ def test_every_cool_down_starts_from_a_snapshot_that_its_trunk_keeps(scale):
         trunk_model, trunk = trunks[name.split("/")[0]]
         kept = [f"{name.split('/')[0]}/trunk/snapshots/{s:08d}" for s in trunk.snapshot_steps]
         assert os.path.normpath(f"{name}/{cooling.start_from}") in kept
-        assert (
-            max(trunk.snapshot_steps) == trunk.budget_steps
-        )  # no step of the trunk is for nothing
+        assert max(trunk.snapshot_steps) == trunk.budget_steps  # and takes no step beyond
         assert model == trunk_model
         assert (cooling.lr, cooling.seed) == (trunk.lr, trunk.seed)
 
@@ -94,9 +92,8 @@ def test_peak_rates_fall_with_the_root_of_the_width(scale):
 
 
 def test_longer_ladder_keeps_its_sizes():
-    longer = LADDERS["laptop"].longer(2.5)
-    assert longer.sizes == LADDERS["laptop"].sizes
-    assert longer.n_tokens == (163_840, 327_680, 655_360)
+    longer = ONE_SIZE.longer(2.5)
+    assert longer.sizes == ONE_SIZE.sizes and longer.n_tokens == (40_960, 491_520)
 
 
 def test_points_of_a_ladder_are_its_finished_cool_downs():
@@ -166,11 +163,12 @@ def test_finalists_are_recipes_times_seeds_and_the_later_ones_also_take_shares()
     assert {train.seed for _, train in settings.values()} == {0, 1}
 
 
-def test_plan_times_its_runs_and_compiles_only_what_lasts():
+def test_plan_times_its_runs_and_compiles_and_validates_all_only_where_it_pays():
     plan = study.Plan(minutes_per_run=3.0, minutes_per_trial=0.5, n_seeds=1, n_trials=2)
     final, trial = plan.finalist(PRESETS["a100"].train), plan.trial(PRESETS["a100"].train)
-    assert (final.budget_seconds, final.compile) == (180, True)
-    assert (trial.budget_seconds, trial.compile) == (30, False)
+    assert (final.budget_seconds, final.compile, final.eval_all) == (180, True, True)
+    assert (trial.budget_seconds, trial.compile, trial.eval_all) == (30, False, False)
+    assert trial.n_evals < final.n_evals == PRESETS["a100"].train.n_evals
     assert plan.trial(SMOKE.train).budget_steps is None  # seconds in place of steps
     assert list(plan.some({"a": 1, "b": 2, "c": 3})) == ["a", "b"]
     assert len(override(plan, n_trials=9).some({"a": 1, "b": 2, "c": 3})) == 3
@@ -359,15 +357,12 @@ def test_share_to_target_is_read_off_a_loss_that_is_linear_in_the_logarithm(targ
 def test_whole_runs_are_the_finished_ones_with_all_of_the_budget():
     table = FINALS.copy()
     table.loc[0, "status"] = "failed: no output"
-    expected = [
-        ("winner2024", "1"),
-        ("winner2024", "2"),
-        ("best", "0"),
-        ("best", "1"),
-        ("best", "2"),
+    whole = study.whole_runs(table)
+    assert whole[:2] == [
+        ("finalists/winner2024-x1-seed1", "winner2024", "1"),
+        ("finalists/winner2024-x1-seed2", "winner2024", "2"),
     ]
-    assert [(recipe, seed) for _, recipe, seed in study.whole_runs(table)] == expected
-    assert study.whole_runs(table)[0][0] == "finalists/winner2024-x1-seed1"
+    assert [(recipe, seed) for _, recipe, seed in whole[2:]] == [("best", str(i)) for i in range(3)]
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,15 @@ def test_validation_set_is_the_same_at_every_evaluation(tmp_path, smoke_tokens, 
     assert result["val_sha256"] == seen[-1]
 
 
+def test_short_runs_can_end_on_the_windows_they_validate_on(tmp_path, smoke_tokens):
+    few = override(SMOKE.train, budget_steps=2, eval_sequences=4)
+    scores = {
+        is_all: trainer(tmp_path / str(is_all), smoke_tokens, few, eval_all=is_all).run()["val"]
+        for is_all in (True, False)
+    }
+    assert scores[False]["n_tokens"] == 4 * SMOKE.model.seq_len < scores[True]["n_tokens"]
+
+
 # ------------------------------------------------------------------ the clock
 
 
