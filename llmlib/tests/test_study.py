@@ -238,8 +238,8 @@ def test_finished_study_trains_nothing_again(finished, smoke_tokens, quick):
     before = {p: p.stat().st_mtime_ns for p in folder.glob("**/*") if p.is_file()}
     again = study.run_study(folder, kept, smoke_tokens, about={"n_tokens": 7})
     assert {p: p.stat().st_mtime_ns for p in folder.glob("**/*") if p.is_file()} == before
-    expected = table[table.run != "no_room"].reset_index(drop=True)
-    pd.testing.assert_frame_equal(again, expected, check_dtype=False)  # counts beside a gap
+    columns = ["run", "status", "loss", "n_tokens", "seconds"]
+    assert again[columns].values.tolist() == table[columns][table.run != "no_room"].values.tolist()
 
 
 def test_runs_of_another_config_are_refused(finished, smoke_tokens):
