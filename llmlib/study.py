@@ -53,7 +53,7 @@ def run_study(
         while waiting or running:
             for name in [n for n, process in running.items() if process.poll() is not None]:
                 running.pop(name)
-            while len(running) < at_once and (name := _next(waiting, running, settings)):
+            while len(running) < at_once and (name := _next(folder, waiting, running, settings)):
                 waiting.remove(name)
                 running[name] = start_training(folder / name, tokens, n_threads=1)
             n_done = n_waiting - len(waiting) - len(running)
@@ -67,9 +67,13 @@ def run_study(
     return study_table(folder, list(settings))
 
 
-def _next(waiting: list[str], running: dict[str, Any], settings: Settings) -> str | None:
-    """Pick a run whose beginning is there: no trunk of its is still waiting or running."""
+def _next(
+    folder: Path, waiting: list[str], running: dict[str, Any], settings: Settings
+) -> str | None:
+    """Pick a run that nobody else is at and whose trunk is no longer waiting or running."""
     for name in waiting:
+        if runs.lock_owner(folder / name) is not None:  # left by an earlier study, still saving
+            continue
         start = os.path.normpath(f"{name}/{settings[name][1].start_from}")
         if not any(start.startswith(f"{trunk}/snapshots/") for trunk in [*waiting, *running]):
             return name
@@ -93,6 +97,7 @@ def study_table(folder: Path, names: list[str]) -> pd.DataFrame:
         config = runs.read_json(folder / name / "config.json")
         row: dict[str, Any] = {
             "run": name,
+            "loss": np.nan,
             "n_params": count_params(ModelConfig(**config["model"])),
         }
         if (folder / name / "training.json").exists():
@@ -227,7 +232,7 @@ def share_to_target(
     was enough, so that the answer is an upper bound. None if the whole budget was not.
     """
     mine = comparison[comparison.recipe == recipe].sort_values("share")
-    shares, losses = np.log(mine.share.to_numpy()), mine.loss.to_numpy()
+    shares, losses = np.log(mine.share.to_numpy()), np.minimum.accumulate(mine.loss.to_numpy())
     if losses[0] <= target:
         return float(mine.share.iloc[0]), True
     if losses.min() > target:

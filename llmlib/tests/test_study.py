@@ -224,12 +224,12 @@ def test_cool_downs_wait_for_their_trunk_and_count_its_tokens(finished):
             assert first == trunk[start]
 
 
-def test_no_run_is_picked_before_the_trunk_it_starts_from_is_over():
+def test_no_run_is_picked_before_the_trunk_it_starts_from_is_over(tmp_path):
     settings = ladder()
     trunk, *coolings = settings
-    assert study._next(coolings, {trunk: None}, settings) is None
-    assert study._next([*coolings, trunk], {}, settings) == trunk
-    assert study._next(coolings, {"2x32/trunk": None}, settings) == coolings[0]
+    assert study._next(tmp_path, coolings, {trunk: None}, settings) is None
+    assert study._next(tmp_path, [*coolings, trunk], {}, settings) == trunk
+    assert study._next(tmp_path, coolings, {"2x32/trunk": None}, settings) == coolings[0]
 
 
 def test_finished_study_trains_nothing_again(finished, smoke_tokens, quick):
