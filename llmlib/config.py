@@ -1,16 +1,24 @@
-"""What a run is made of: frozen dataclasses, three presets, JSON in and out.
+"""What a run is made of: frozen dataclasses, three scales, two recipes, JSON in and out.
 
 Every value is checked when its dataclass is built, so a mistake costs a second and not an hour.
-Nothing here imports torch; how the numbers are used is the business of the other modules.
+How the numbers are used is the business of the other modules; nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 SECONDS_PER_HOUR = 3600.0
+BUDGETS = ("budget_hours", "budget_tokens", "budget_steps")
+OPTIMIZERS = ("adamw", "muon", "sophia", "sophia_writeup")
+SCHEDULES = ("one_cycle", "one_cycle_unfinished", "cosine", "linear", "wsd")
+
+
+def _one_of(name: str, value: Any, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
 
 
 def _positive(owner: object, *names: str) -> None:
@@ -35,15 +43,12 @@ class ModelConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        if self.arch not in ("llama", "gpt2"):
-            raise ValueError(f"arch={self.arch!r} is unknown; choose 'llama' or 'gpt2'.")
+        _one_of("arch", self.arch, ("llama", "gpt2"))
         _positive(self, "vocab_size", "seq_len", "n_layer", "n_head", "d_model", "d_ff")
         if self.d_model % self.n_head:
-            nearest = min(
-                (n for n in range(1, self.d_model + 1) if self.d_model % n == 0),
-                key=lambda n: abs(n - self.n_head),
-            )
-            rounded = round(self.d_model / self.n_head) * self.n_head
+            divisors = (n for n in range(1, self.d_model + 1) if self.d_model % n == 0)
+            nearest = min(divisors, key=lambda n: abs(n - self.n_head))
+            rounded = max(round(self.d_model / self.n_head), 1) * self.n_head
             raise ValueError(
                 f"d_model={self.d_model} is not divisible by n_head={self.n_head}; "
                 f"try n_head={nearest} or d_model={rounded}."
@@ -63,16 +68,8 @@ def llama_config(n_layer: int, d_model: int, *, d_head: int = 64, **shape: Any) 
     """Build a Llama of the given depth and width; the SwiGLU width is 8/3 d_model, rounded up."""
     multiple = 256 if d_model >= 512 else 64
     d_ff = -(-8 * d_model // (3 * multiple)) * multiple
-    return ModelConfig(
-        n_layer=n_layer, d_model=d_model, n_head=max(1, d_model // d_head), d_ff=d_ff, **shape
-    )
-
-
-def gpt2_config(**shape: Any) -> ModelConfig:
-    """Build the organisers' GPT-2 baseline (123.6 M parameters unless the shape is changed)."""
-    base = {"n_layer": 12, "n_head": 12, "d_model": 768}
-    shape = base | shape
-    return ModelConfig(arch="gpt2", d_ff=shape.pop("d_ff", 4 * shape["d_model"]), **shape)
+    n_head = max(1, d_model // d_head)
+    return ModelConfig(n_layer=n_layer, d_model=d_model, n_head=n_head, d_ff=d_ff, **shape)
 
 
 def resize(
@@ -80,17 +77,18 @@ def resize(
 ) -> ModelConfig:
     """Change architecture, depth or width, keeping head width, vocabulary and context.
 
-    GPT-2 in place of the recipe's Llama, with no shape given, is the organisers' 12 x 768.
+    GPT-2 in place of the recipe's Llama, with no shape given, is the organisers' baseline: 12 x 768,
+    123.6 M parameters.
     """
+    _one_of("arch", arch, ("llama", "gpt2"))
     if arch == model.arch and n_layer is None and d_model is None:
         return model
-    base = gpt2_config() if arch == "gpt2" and model == ModelConfig() else model
-    n_layer, d_model = n_layer or base.n_layer, d_model or base.d_model
+    if arch == "gpt2" and model == ModelConfig():
+        n_layer, d_model = n_layer or 12, d_model or 768
+    n_layer, d_model = n_layer or model.n_layer, d_model or model.d_model
     shared = {"vocab_size": model.vocab_size, "seq_len": model.seq_len}
-    if arch == "gpt2":
-        n_head = max(1, d_model // base.d_head)
-        return gpt2_config(n_layer=n_layer, d_model=d_model, n_head=n_head, **shared)
-    return replace(llama_config(n_layer, d_model, d_head=base.d_head, **shared), arch=arch)
+    llama = llama_config(n_layer, d_model, d_head=model.d_head, **shared)
+    return llama if arch == "llama" else replace(llama, arch="gpt2", d_ff=4 * d_model)
 
 
 @dataclass(frozen=True)
@@ -107,14 +105,11 @@ class DataConfig:
     split_seed: int = 2357
 
     def __post_init__(self) -> None:
-        _positive(self, "n_tokens", "bpe_vocab_size", "test_size")
+        _positive(self, "n_tokens", "test_size")
         if self.test_size >= 1:
             raise ValueError(f"test_size={self.test_size} leaves nothing to train on; use 0.0005.")
-        if self.bpe_vocab_size < 257:
-            raise ValueError(
-                f"bpe_vocab_size={self.bpe_vocab_size} is too small; a byte-level BPE needs "
-                "256 bytes and one end-of-text token, so 257 or more."
-            )
+        if self.bpe_vocab_size < 257:  # 256 bytes and the end of text
+            raise ValueError(f"bpe_vocab_size={self.bpe_vocab_size} is below 257; use 4096.")
 
 
 @dataclass(frozen=True)
@@ -127,39 +122,37 @@ class TrainConfig:
     micro_batch: int = 64  # sequences per forward pass
     grad_accum: int = 4  # forward passes per step
     optimizer: str = "adamw"
-    lr: float = 1.25e-3
-    matrix_lr: float | None = None  # Muon's, for hidden matrices; None: lr
+    lr: float = 1.25e-3  # peak rate of the hidden matrices
+    embed_lr: float | None = None  # peak rate of the embeddings; None: lr
+    vector_lr: float | None = None  # peak rate of the norm gains; None: lr
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1  # on matrices only
     grad_clip: float | None = 1.0  # largest gradient norm; None: no clipping
     schedule: str = "one_cycle"
     warmup: float = 0.05  # share of the budget
-    final_lr: float = 0.1  # share of lr left on the last step
+    final_lr: float = 0.1  # share of the peak rate left on the last step
     cooldown: float = 0.5  # share of the budget, for "wsd" only
     zero_init: bool = False  # blocks start by adding nothing: output projections at zero
     seed: int = 0
     n_evals: int = 20  # validations over the whole budget
-    eval_sequences: int = 1024  # at most so many, always the same
+    eval_windows: int = 1024  # validation windows at most, always the same
     eval_all: bool = True  # the final validation takes the whole split
     checkpoint_minutes: float = 10.0
-    keep_checkpoints: int = 2  # newest ones kept, beside the best
-    align_documents: bool = False  # start training windows at documents where possible
     compile: bool = True
+    dtype: str | None = None  # of matrix products; None: bf16 where the hardware has it, else fp32
     tracker: str | None = None  # "tensorboard": a copy of the metrics for it
-    snapshot_steps: tuple[int, ...] = ()  # steps whose checkpoints are kept for cool-downs
-    start_from: str | None = None  # a snapshot of another run whose weights and optimizer go on
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
-        object.__setattr__(self, "snapshot_steps", tuple(self.snapshot_steps))
-        budgets = {k: getattr(self, k) for k in ("budget_hours", "budget_tokens", "budget_steps")}
-        given = [k for k, v in budgets.items() if v is not None]
+        given = [name for name in BUDGETS if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"{given or 'no budget'} given; give exactly one of {', '.join(budgets)}."
-            )
-        _positive(self, *budgets, "micro_batch", "grad_accum", "lr", "matrix_lr", "grad_clip")
-        _positive(self, "n_evals", "eval_sequences", "checkpoint_minutes", "keep_checkpoints")
+            raise ValueError(f"{given or 'no budget'} given; give one of {', '.join(BUDGETS)}.")
+        _one_of("optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("schedule", self.schedule, SCHEDULES)
+        _one_of("dtype", self.dtype or "float32", ("float32", "bfloat16"))
+        _one_of("tracker", self.tracker or "tensorboard", ("tensorboard",))
+        _positive(self, *BUDGETS, "micro_batch", "grad_accum", "grad_clip")
+        _positive(self, "lr", "embed_lr", "vector_lr", "n_evals", "eval_windows")
         for name in ("warmup", "cooldown"):
             if not 0 <= (share := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={share} is not a share of the budget; use 0 to 0.99.")
@@ -168,94 +161,65 @@ class TrainConfig:
     def budget_seconds(self) -> float | None:
         return None if self.budget_hours is None else self.budget_hours * SECONDS_PER_HOUR
 
+    @property
+    def n_sequences(self) -> int:
+        """Sequences per step."""
+        return self.micro_batch * self.grad_accum
 
-# 04's two recipes: the hackathon winner's, but for its two faults, and the best found since. Peak
-# rates are tuned at "laptop"; at "a100" the winner's is its own and the other is not yet measured.
+
+# As changes to TrainConfig's defaults, which are the hackathon winner's recipe with its two faults
+# mended. Peak rates belong to a scale: tuned at "laptop"; best's at "a100" is not yet measured.
 RECIPES: dict[str, dict[str, Any]] = {
-    "winner2024": {
-        "optimizer": "adamw",
-        "betas": (0.9, 0.95),
-        "weight_decay": 0.1,
-        "grad_clip": 1.0,
-        "schedule": "one_cycle",
-        "warmup": 0.05,
-        "final_lr": 0.1,
-        "zero_init": False,
-    },
-    "best": {
-        "optimizer": "muon",
-        "betas": (0.9, 0.95),
-        "weight_decay": 0.1,
-        "grad_clip": 1.0,
-        "schedule": "linear",
-        "warmup": 0.05,
-        "final_lr": 0.0,
-        "zero_init": True,
-    },
+    "winner2024": {},
+    "best": {"optimizer": "muon", "schedule": "linear", "final_lr": 0.0, "zero_init": True},
 }
-RECIPE_LR = {
-    "winner2024": {"smoke": 3e-3, "laptop": 1e-3, "a100": 1.25e-3},
-    "best": {"smoke": 3e-3, "laptop": 1e-2, "a100": 2e-3},
+RATES: dict[str, dict[str, dict[str, float]]] = {
+    "winner2024": {"smoke": {"lr": 3e-3}, "laptop": {"lr": 1e-3}, "a100": {"lr": 1.25e-3}},
+    "best": {"smoke": {"lr": 3e-3}, "laptop": {"lr": 1e-2}, "a100": {"lr": 2e-3}},
 }
 
 
 def recipe(name: str, scale: str) -> dict[str, Any]:
     """Look up a recipe as changes to a scale's TrainConfig."""
-    if name not in RECIPES:
-        raise ValueError(f"recipe={name!r} is unknown; choose one of {', '.join(RECIPES)}.")
-    return RECIPES[name] | {"lr": RECIPE_LR[name][scale]}
+    _one_of("recipe", name, RECIPES)
+    return RECIPES[name] | RATES[name][scale]
 
 
 @dataclass(frozen=True)
-class Preset:
-    """A scale: the data, the model and the training that fit one kind of machine."""
+class Scale:
+    """The data, the model and the training that fit one kind of machine."""
 
-    scale: str
+    name: str
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
-    minutes: dict[str, float] = field(default_factory=dict)  # expected of the longer notebooks
+    minutes: tuple[float, ...] = ()  # expected of each notebook, in order
 
 
-PRESETS = {
-    "smoke": Preset(
-        scale="smoke",
+SCALES = {
+    "smoke": Scale(
+        name="smoke",
         data=DataConfig(corpus="stdlib", tokenizer="bpe", bpe_vocab_size=512, n_tokens=200_000),
         model=llama_config(2, 64, d_head=32, vocab_size=512, seq_len=64),
         train=TrainConfig(
-            budget_hours=None,
-            budget_steps=20,
-            micro_batch=8,
-            grad_accum=2,
+            **{"budget_hours": None, "budget_steps": 20, "micro_batch": 8, "grad_accum": 2},
+            **{"n_evals": 2, "eval_windows": 64, "compile": False},
             **recipe("winner2024", "smoke"),
-            n_evals=2,
-            eval_sequences=64,
-            compile=False,
         ),
     ),
-    "laptop": Preset(
-        scale="laptop",
+    "laptop": Scale(
+        name="laptop",
         data=DataConfig(corpus="stdlib", tokenizer="bpe", bpe_vocab_size=4096, test_size=0.05),
         model=llama_config(2, 128, d_head=32, vocab_size=4096, seq_len=256),
         train=TrainConfig(
-            budget_hours=0.05,
-            micro_batch=8,
-            grad_accum=1,
+            **{"budget_hours": 0.05, "micro_batch": 8, "grad_accum": 1},
+            **{"n_evals": 10, "eval_windows": 48, "checkpoint_minutes": 0.5},
             **recipe("winner2024", "laptop"),
-            n_evals=10,
-            eval_sequences=48,
-            checkpoint_minutes=0.5,
         ),
-        minutes={
-            "01_data_prep": 0.7,
-            "02_throughput": 4.9,
-            "03_sizing": 2.4,
-            "04_recipe": 3.4,
-            "05_full_run": 3.3,
-        },
+        minutes=(0.7, 1.8, 1.8, 1.8, 3.5, 0.2),
     ),
-    "a100": Preset(
-        scale="a100",
+    "a100": Scale(
+        name="a100",
         data=DataConfig(),
         model=ModelConfig(),
         train=TrainConfig(**recipe("winner2024", "a100")),
@@ -263,11 +227,10 @@ PRESETS = {
 }
 
 
-def preset(scale: str) -> Preset:
+def get_scale(name: str) -> Scale:
     """Look up a scale by name."""
-    if scale not in PRESETS:
-        raise ValueError(f"scale={scale!r} is unknown; choose one of {', '.join(PRESETS)}.")
-    return PRESETS[scale]
+    _one_of("scale", name, SCALES)
+    return SCALES[name]
 
 
 def override(config: Any, **changes: Any) -> Any:
@@ -276,29 +239,26 @@ def override(config: Any, **changes: Any) -> Any:
     Giving one of the budgets replaces the budget that was there.
     """
     changes = {k: v for k, v in changes.items() if v is not None}
-    known = {f.name for f in dataclasses.fields(config)}
-    if unknown := sorted(set(changes) - known):
-        raise ValueError(
-            f"{unknown[0]!r} is not a setting; choose from {', '.join(sorted(known))}."
-        )
-    if any(k.startswith("budget_") for k in changes):
-        changes = {"budget_hours": None, "budget_tokens": None, "budget_steps": None} | changes
+    known = sorted(f.name for f in dataclasses.fields(config))
+    if unknown := sorted(set(changes) - set(known)):
+        raise ValueError(f"{unknown[0]!r} is not a setting; choose from {', '.join(known)}.")
+    if set(changes) & set(BUDGETS):
+        changes = dict.fromkeys(BUDGETS) | changes
     return replace(config, **changes)
 
 
-def cut(train: TrainConfig, micro_batch: int | None) -> TrainConfig:
+def with_micro_batch(train: TrainConfig, micro_batch: int | None) -> TrainConfig:
     """Take a step's sequences in micro-batches of this size, if one is given; tokens per step stay."""
-    n_sequences = train.micro_batch * train.grad_accum
     size = train.micro_batch if micro_batch is None else micro_batch
-    if size < 1 or n_sequences % size:
+    if size < 1 or train.n_sequences % size:
         raise ValueError(
-            f"micro_batch={size} does not divide a step's {n_sequences} sequences; give a divisor."
+            f"micro_batch={size} does not divide a step's {train.n_sequences} sequences; "
+            "give a divisor."
         )
-    return replace(train, micro_batch=size, grad_accum=n_sequences // size)
+    return replace(train, micro_batch=size, grad_accum=train.n_sequences // size)
 
 
 def to_json(config: Any) -> dict[str, Any]:
     """Turn a config into plain JSON types."""
-    return {
-        k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()
-    }
+    values = dataclasses.asdict(config)
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}

@@ -1,32 +1,35 @@
 """Run records: a folder per run, written so that a half-finished one never looks finished.
 
 ``config.json`` says what was asked, ``environment.json`` where it ran, ``metrics.jsonl`` what
-happened, and ``summary.json``, written last, means done. Expensive tables are kept as CSV and
-reloaded, so a notebook that is run again costs seconds.
+happened; ``result.json`` (a training run) or ``summary.json`` (a notebook) is written last and means
+done. Costly tables are kept as CSV, so a notebook that is run again takes seconds. No torch here.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import platform
+import re
+import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+import filelock
+import matplotlib
 import pandas as pd
+from matplotlib.figure import Figure
 
+from llmlib.config import ModelConfig, TrainConfig, to_json
+
+FORMAT = 2  # of records and checkpoints
 ROOT = Path(__file__).resolve().parent.parent  # the repository, from any working directory
-
-
-def default_runs_dir(scale: str) -> Path:
-    """Where a person's own records go; ``runs/laptop`` and the like are committed evidence."""
-    return ROOT / "runs" / "local" / scale
+TAIL_BYTES = 20_000  # of a metrics file: enough for its newest rows
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -48,21 +51,23 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
+def n_cores() -> int:
+    """Count the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def environment() -> dict[str, Any]:
-    """Describe where a run happens: device, versions, commit."""
+    """Describe where a run happens: device, processor, versions, commit."""
     import torch
 
     cuda = torch.cuda.is_available()
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    )
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    git = subprocess.run(command, capture_output=True, text=True)
     return {
         "device": torch.cuda.get_device_name() if cuda else "CPU",
         "n_devices": torch.cuda.device_count() if cuda else 1,
         "processor": _processor(),
-        "n_cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "n_cores": n_cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -72,43 +77,53 @@ def environment() -> dict[str, Any]:
 
 
 def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+    """Name the processor and the units that decide its data type, where Linux tells."""
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.exists() else ""
+    name = re.search(r"model name\s*: (.*)", text)
+    units = [unit for unit in ("avx2", "avx512_bf16", "amx_bf16") if f" {unit} " in text]
+    return f"{name[1] if name else platform.machine()} ({', '.join(units)})"
 
 
 class Record:
-    """One run's folder. Opening it claims it for a config; another config is refused."""
+    """One run's folder. Opening it claims it for a config; another config is refused.
+
+    What the config holds under ``measured`` (facts about the machine) is not compared.
+    """
 
     def __init__(self, path: Path, config: dict[str, Any]):
         self.path = path
-        config = json.loads(json.dumps(config))  # what a reader of the file would see
+        self.config = json.loads(json.dumps({"format": FORMAT} | config))  # as a reader sees it
         if (path / "config.json").exists():
-            _refuse_other_config(path, read_json(path / "config.json"), config)
+            _refuse_other_config(path, read_config(path), self.config)
         else:
-            write_json(path / "config.json", config)
+            write_json(path / "config.json", self.config)
+        if not (path / "environment.json").exists():
             write_json(path / "environment.json", environment())
-        self.config = config
 
-    @property
-    def is_done(self) -> bool:
-        return (self.path / "summary.json").exists()
-
-    def table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+    def cached_table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """Return the named table, computing it only if the record does not hold it yet."""
         path = self.path / f"{name}.csv"
         if not path.exists():
             write_atomic(path, make().to_csv(index=False))
         return pd.read_csv(path)
 
-    def value(self, name: str, make: Callable[[], Any]) -> Any:
-        """Return the named JSON value, computing it only if the record does not hold it yet."""
+    def cached_json(self, name: str, make: Callable[[], Any]) -> Any:
+        """Return the named value, computing it only if the record does not hold it yet."""
         path = self.path / f"{name}.json"
         if not path.exists():
             write_json(path, make())
         return read_json(path)
+
+    def figure(self, name: str, figure: Figure, data: pd.DataFrame) -> Figure:
+        """Write a figure as PNG and SVG with the data it shows as CSV, and return it."""
+        path = self.path / "figures" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llmlib"}):
+            figure.savefig(path.with_suffix(".png"), dpi=200)
+            figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+        write_atomic(path.with_suffix(".csv"), data.to_csv(index=False))
+        return figure
 
     def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
         """Write the summary, the last file of a record."""
@@ -116,16 +131,33 @@ class Record:
         return summary
 
 
-def _refuse_other_config(path: Path, there: dict, here: dict) -> None:
-    differing = [k for k in {**there, **here} if there.get(k) != here.get(k)]
-    if differing:
-        shown = "; ".join(
-            f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in differing[:3]
-        )
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a record's config; one of another format is refused."""
+    config = read_json(path / "config.json")
+    if config.get("format") != FORMAT:
         raise ValueError(
-            f"run {path.name} in {path.parent} was made with another config ({shown}); choose "
+            f"run {path.name} in {path.parent} has format {config.get('format', 1)}, this version "
+            f"writes {FORMAT}; choose another run_name or runs_dir, or delete that folder."
+        )
+    return config
+
+
+def _refuse_other_config(path: Path, there: dict, here: dict) -> None:
+    names = (there | here).keys() - {"measured"}
+    if differing := sorted(k for k in names if there.get(k) != here.get(k)):
+        shown = "; ".join(f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in differing)
+        raise ValueError(
+            f"run {path.name} in {path.parent} was made with another config ({shown:.600}); choose "
             "another run_name or runs_dir, or delete that folder."
         )
+
+
+def runs_folder(scale: str, runs_dir: str | Path = "") -> Path:
+    """Resolve the folder that holds a scale's records; "" is ``runs/local/<scale>``.
+
+    The other folders of ``runs/`` hold committed evidence.
+    """
+    return Path(runs_dir).expanduser().resolve() if runs_dir else ROOT / "runs" / "local" / scale
 
 
 def open_record(
@@ -135,75 +167,176 @@ def open_record(
     return Record(runs_folder(scale, runs_dir) / name, config)
 
 
-def runs_folder(scale: str, runs_dir: str | Path = "") -> Path:
-    """Resolve the folder that holds a scale's records; "" is the default one."""
-    return Path(runs_dir).expanduser().resolve() if runs_dir else default_runs_dir(scale)
-
-
 def load_summary(name: str, *, scale: str, runs_dir: str | Path = "") -> dict[str, Any]:
     """Read the summary of an earlier notebook's record."""
-    path = runs_folder(scale, runs_dir) / name / "summary.json"
-    if not path.exists():
+    folder = runs_folder(scale, runs_dir) / name
+    if not (folder / "summary.json").exists():
         raise ValueError(
-            f"run {name} first: there is no finished record at {path.parent} "
+            f"run {name} first: there is no finished record at {folder} "
             f"(python -m llmlib run --scale {scale} --only {name})."
         )
-    return read_json(path)
+    read_config(folder)
+    return read_json(folder / "summary.json")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """All that a training process needs to know; the folder of a run is its only argument."""
+
+    model: ModelConfig
+    train: TrainConfig
+    tokens_dir: Path
+    peak_flops_per_s: float | None  # of one device: what MFU is held against
+
+
+def create_run(
+    path: Path,
+    model: ModelConfig,
+    train: TrainConfig,
+    tokens_dir: Path,
+    *,
+    peak_flops_per_s: float | None = None,
+    data: dict[str, Any] | None = None,
+) -> Record:
+    """Open or create a training run's folder, with the tokenizer of its tokens beside the config.
+
+    ``data`` holds facts about the tokens, for those who read the record.
+    """
+    vocab_size = read_json(tokens_dir / "manifest.json")["tokenizer"]["vocab_size"]
+    if vocab_size > model.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {vocab_size} tokens but the model's vocab_size is "
+            f"{model.vocab_size}; raise vocab_size to a multiple of 64 above it."
+        )
+    config = {"model": to_json(model), "train": to_json(train), "data": data or {}}
+    config["tokens_dir"] = os.path.relpath(tokens_dir.resolve(), path.resolve())
+    record = Record(path, config | {"measured": {"peak_flops_per_s": peak_flops_per_s}})
+    shutil.copy(tokens_dir / "tokenizer.json", path)
+    return record
+
+
+def read_run(path: Path) -> RunConfig:
+    """Read what the run in a folder is made of."""
+    try:
+        config = read_config(path)
+        model, train = ModelConfig(**config["model"]), TrainConfig(**config["train"])
+        tokens_dir = (path / config["tokens_dir"]).resolve()
+        return RunConfig(model, train, tokens_dir, config["measured"]["peak_flops_per_s"])
+    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path / 'config.json'} is missing or not a run's config ({error}); "
+            "05_full_run writes one."
+        ) from error
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """Read how a training run ended; None if it has not."""
+    return read_json(path / "result.json") if (path / "result.json").exists() else None
+
+
+class MetricLog:
+    """A run's ``metrics.jsonl``, one row per step, validation, event and phase.
+
+    With ``tracker="tensorboard"`` numbers also go to event files; the JSON lines stay the record.
+    """
+
+    def __init__(self, run: Path, tracker: str | None = None):
+        self.path, self.tracker, self.writer = run / "metrics.jsonl", tracker, None
+
+    def write(self, kind: str, **values: Any) -> None:
+        """Append a row; a full disk costs the row, not the run."""
+        with contextlib.suppress(OSError), open(self.path, "a") as file:
+            file.write(json.dumps({"kind": kind} | values) + "\n")
+        if self.tracker and kind in ("step", "eval"):
+            from torch.utils.tensorboard import SummaryWriter
+
+            about = {"purge_step": values["step"], "flush_secs": 10}
+            self.writer = self.writer or SummaryWriter(self.path.parent / "tensorboard", **about)
+            for name, value in values.items():
+                if isinstance(value, (int, float)):
+                    self.writer.add_scalar(f"{kind}/{name}", value, values["step"])
+
+    def drop_after(self, step: int) -> None:
+        """Drop steps and validations that will be met again, and half-written lines."""
+        rows = _parse(self.path.read_text()) if self.path.exists() else []
+        kept = [row for row in rows if row["kind"] in ("event", "phase") or row["step"] <= step]
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.close()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+
+
+def read_metrics(run: Path, kind: str | None = None, *, last: bool = False) -> pd.DataFrame:
+    """Read the rows of ``metrics.jsonl``, all or of one kind; half-written lines are ignored.
+
+    With ``last``, read no more than the end of the file: enough to see where a live run is.
+    """
+    path, rows = run / "metrics.jsonl", []
+    if path.exists():
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - TAIL_BYTES) if last else 0)
+            rows = _parse(file.read().decode(errors="replace"))
+    rows = [row for row in rows if kind in (None, row["kind"])]
+    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["kind", "step"])
+
+
+def _parse(text: str) -> list[dict[str, Any]]:
+    rows = []
+    for line in text.splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and "kind" in row]
 
 
 class Locked(Exception):
-    """Another process is at work in the run."""
+    """Another process is at work in the folder."""
 
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Own a run's folder; the operating system frees the lock when its owner dies."""
-    with open(path / "lock", "a+") as file:
-        for _ in range(20):  # whoever asks for the owner holds the lock for a moment
-            if _try_lock(file):
-                break
-            time.sleep(0.05)
-        else:
-            raise Locked(
-                f"run {path.name} is in use by {_owner(file)}; wait for it, or stop that "
-                "process first."
-            )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
+    """Own a folder; the operating system frees the lock when its owner dies.
+
+    Where a file system has no locks, a file with host and process takes their place: a dead process
+    on this host loses it, and another host's is named with the command that removes it.
+    """
+    held, owner = _acquire(path, timeout=1.0), path / "lock.owner"
+    if held is None:
+        raise Locked(
+            f"{path.name} is in use by {_owner(path)}; wait for it, or stop that process first. "
+            f"If that host is gone: rm {path / 'lock'}"
+        )
+    try:
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        held.release()
 
 
 def lock_owner(path: Path) -> str | None:
-    """Name the live process that owns a run's folder, if there is one."""
+    """Name the live process that owns a folder, if there is one."""
     if not (path / "lock").exists():
         return None
-    with open(path / "lock", "r+") as file:
-        return None if _try_lock(file) else _owner(file)
+    if (held := _acquire(path, timeout=0.0)) is None:
+        return _owner(path)
+    held.release()
+    return None
 
 
-def _try_lock(file: IO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _acquire(path: Path, timeout: float) -> filelock.BaseFileLock | None:
+    for kind in (filelock.FileLock, filelock.SoftFileLock):
+        with contextlib.suppress(OSError):  # no locks here
+            held = kind(path / "lock", is_singleton=False)
+            try:
+                return held.acquire(timeout=timeout).lock
+            except filelock.Timeout:
+                return None
+    raise OSError(f"{path} is not a place where a lock can be kept; is it writable?")
 
 
-def _owner(file: IO) -> str:
-    file.seek(0)
-    return file.read() or "another process"
-
-
-def read_metrics(path: Path) -> pd.DataFrame:
-    """Read ``metrics.jsonl``; a last line that a crash cut short is ignored."""
-    rows = []
-    for line in (path / "metrics.jsonl").read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return pd.DataFrame(rows)
+def _owner(path: Path) -> str:
+    owner = path / "lock.owner"
+    return owner.read_text() if owner.exists() else "another process"

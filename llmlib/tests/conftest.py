@@ -1,4 +1,4 @@
-"""Fixtures that several test modules share: prepared tokens, run folders, training processes."""
+"""Fixtures that several test modules share: tokens, run folders, training processes, records."""
 
 from __future__ import annotations
 
@@ -14,78 +14,90 @@ import tiktoken
 
 os.environ["OMP_NUM_THREADS"] = "1"  # at these sizes, threads only wait for each other
 
-from llmlib import prepare, runs
-from llmlib.config import PRESETS, ModelConfig, TrainConfig, to_json
-from llmlib.tokenizer import load_tiktoken
+from llmlib import runs
+from llmlib.config import SCALES, ModelConfig, TrainConfig, override
+
+SMOKE = SCALES["smoke"]
+FP32 = override(SMOKE.train, dtype="float32")  # where numbers are compared, on any processor
 
 
 @pytest.fixture(scope="session")
 def smoke_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tokens of the smoke preset, prepared once."""
+    """The tokens of the smoke scale, prepared once."""
+    from llmlib import prepare
+
     folder = tmp_path_factory.mktemp("smoke") / "tokens"
-    prepare.prepare(PRESETS["smoke"].data, folder)
+    prepare.prepare(SMOKE.data, folder)
     return folder
 
 
 @pytest.fixture
 def gpt2(monkeypatch: pytest.MonkeyPatch) -> tiktoken.Encoding:
     """GPT-2's encoding, where a checkout has its vocabulary."""
+    from llmlib import tokenizer
+
     cache = runs.ROOT.parent / "shared" / "tiktoken-cache"
     if not cache.exists():
         pytest.skip("GPT-2's vocabulary is not at hand")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
-    return load_tiktoken("gpt2")
+    return tokenizer.load_tiktoken("gpt2")
 
 
 @pytest.fixture
-def make_run(tmp_path: Path) -> Callable[[ModelConfig, TrainConfig], Path]:
-    """Return a function that makes a run folder for ``llmlib.train``, each in its own place."""
+def make_run(tmp_path: Path, smoke_tokens: Path) -> Callable[..., Path]:
+    """Return a function that makes a run folder on the smoke tokens, each in its own place."""
     n_made = 0
 
-    def make(model: ModelConfig, train: TrainConfig) -> Path:
+    def make(train: TrainConfig = FP32, model: ModelConfig = SMOKE.model) -> Path:
         nonlocal n_made
         n_made += 1
         run = tmp_path / f"run-{n_made}"
-        runs.write_json(run / "config.json", {"model": to_json(model), "train": to_json(train)})
+        runs.create_run(run, model, train, smoke_tokens)
         return run
 
     return make
 
 
 class Training:
-    """A training process, or a job of several, that runs beside the test."""
+    """A training process, or a job of several, beside the test.
 
-    def __init__(self, run: Path, tokens: Path, *options: str, job: tuple[str, ...] = ()):
-        self.run = run
+    ``watched`` gives it a launcher's pipe, ``training.process.stdin``; ``job`` are options of
+    torchrun, such as ``("--nproc-per-node=2",)``.
+    """
+
+    def __init__(self, *runs: Path, watched: bool = False, job: tuple[str, ...] = ()):
+        self.run = runs[0]
         launcher = ("torch.distributed.run", "--standalone", *job, "-m") if job else ()
-        command = [sys.executable, "-m", *launcher, "llmlib.train", str(run)]
-        command += ["--tokens", str(tokens), *options]
         self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
+            [sys.executable, "-m", *launcher, "llmlib.train", *map(str, runs)],
+            stdin=subprocess.PIPE if watched else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
+        if watched:
+            self.process.stdin.write("watched\n")
+            self.process.stdin.flush()
 
     def wait_for_step(self, step: int) -> None:
-        """Wait until the run has taken a step."""
+        """Wait until the run has logged a step; a process that ends before is a failure."""
         while self.steps()[-1:] < [step]:
             assert self.process.poll() is None, self.process.stdout.read()
             time.sleep(0.02)
 
     def steps(self) -> list[int]:
+        """The steps that the run has logged."""
         if not (self.run / "metrics.jsonl").exists():
             return []
-        table = runs.read_metrics(self.run)
-        return table[table.kind == "step"].step.tolist() if len(table) else []
+        table = runs.read_metrics(self.run, "step")
+        return table.step.tolist() if len(table) else []
 
     def workers(self) -> list[int]:
         """The process ids of a job's members, by rank."""
         pid = self.process.pid
         return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
-    def finish(self, timeout: float = 120) -> tuple[int, str]:
+    def finish(self, timeout: float = 600) -> tuple[int, str]:
         """Wait for the end and return exit status and output."""
         output, _ = self.process.communicate(timeout=timeout)
         return self.process.returncode, output
@@ -93,10 +105,10 @@ class Training:
 
 @pytest.fixture
 def start_training() -> Iterator[Callable[..., Training]]:
-    """Return a function that starts a training process; what a failed test leaves is killed."""
+    """Return a function that starts a ``Training``; what a failed test leaves is killed."""
     started: list[Training] = []
 
-    def start(*arguments: object, **options: object) -> Training:
+    def start(*arguments: Path, **options: object) -> Training:
         started.append(Training(*arguments, **options))
         return started[-1]
 
@@ -107,3 +119,16 @@ def start_training() -> Iterator[Callable[..., Training]]:
             training.process.kill()
             for pid in members:
                 os.kill(pid, 9)
+
+
+@pytest.fixture(scope="session")
+def smoke_records(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> tuple[Path, subprocess.CompletedProcess]:
+    """All notebooks at smoke scale, executed once from a directory that is not the repository."""
+    folder = tmp_path_factory.mktemp("records")
+    command = [sys.executable, "-m", "llmlib", "run", "--scale", "smoke", "--runs-dir", str(folder)]
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    first = subprocess.run(command, cwd=elsewhere, capture_output=True, text=True)
+    assert first.returncode == 0, first.stdout + first.stderr
+    return folder, first

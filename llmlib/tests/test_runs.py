@@ -1,9 +1,16 @@
 import json
+import os
+import socket
+import subprocess
+import sys
 
+import filelock
+import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
 from llmlib import runs
+from llmlib.config import SCALES
 
 
 def test_record_claims_its_config_and_refuses_another(tmp_path):
@@ -17,17 +24,16 @@ def test_record_claims_its_config_and_refuses_another(tmp_path):
 
 def test_tables_and_values_are_computed_once(tmp_path):
     record = runs.open_record("a", {}, scale="smoke", runs_dir=tmp_path)
-    table = record.table("t", lambda: pd.DataFrame({"x": [1.5, 2.0]}))
-    assert record.table("t", lambda: pytest.fail("computed again")).equals(table)
-    assert record.value("v", lambda: {"peak": 1.0}) == {"peak": 1.0}
-    assert record.value("v", lambda: pytest.fail("computed again")) == {"peak": 1.0}
+    table = record.cached_table("t", lambda: pd.DataFrame({"x": [1.5, 2.0]}))
+    assert record.cached_table("t", lambda: pytest.fail("computed again")).equals(table)
+    assert record.cached_json("v", lambda: {"peak": 1.0}) == {"peak": 1.0}
+    assert record.cached_json("v", lambda: pytest.fail("computed again")) == {"peak": 1.0}
 
 
 def test_a_failed_computation_leaves_nothing_behind(tmp_path):
     record = runs.open_record("a", {}, scale="smoke", runs_dir=tmp_path)
     with pytest.raises(RuntimeError):
-        record.table("t", lambda: (_ for _ in ()).throw(RuntimeError("no")))
-    assert not record.is_done
+        record.cached_table("t", lambda: (_ for _ in ()).throw(RuntimeError("no")))
     assert sorted(p.name for p in record.path.iterdir()) == ["config.json", "environment.json"]
 
 
@@ -60,3 +66,114 @@ def test_metrics_survive_a_line_that_a_crash_cut_short(tmp_path):
 def test_environment_names_versions_and_device():
     environment = runs.environment()
     assert {"torch", "python", "device", "commit", "n_cores"} <= environment.keys()
+
+
+def test_another_format_is_refused_by_name(tmp_path):
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").write_text('{"model": {}}')
+    with pytest.raises(ValueError, match=r"run old in .* has format 1, this version writes 2"):
+        runs.Record(tmp_path / "old", {"model": {}})
+    with pytest.raises(ValueError, match=r"run old in .* has format 1"):
+        runs.read_run(tmp_path / "old")
+
+
+def test_facts_about_the_machine_are_not_compared(tmp_path):
+    runs.Record(tmp_path, {"a": 1, "measured": {"peak": 1.0}})
+    assert runs.Record(tmp_path, {"a": 1, "measured": {"peak": 2.0}}).config["a"] == 1
+
+
+def test_figures_come_with_the_data_they_show(tmp_path):
+    figure, axes = plt.subplots()
+    axes.plot([1, 2])
+    record = runs.Record(tmp_path, {})
+    assert record.figure("f", figure, pd.DataFrame({"x": [1, 2]})) is figure
+    plt.close(figure)
+    names = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert names == {"f.png", "f.svg", "f.csv"}
+
+
+def test_run_is_what_was_asked_and_finds_its_tokens_after_a_move(tmp_path, smoke_tokens):
+    smoke = SCALES["smoke"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "tokens").symlink_to(smoke_tokens)
+    tokens = tmp_path / "a" / "real"
+    tokens.mkdir()
+    for name in ("manifest.json", "tokenizer.json"):
+        (tokens / name).write_bytes((smoke_tokens / name).read_bytes())
+    run = tmp_path / "a" / "run"
+    runs.create_run(run, smoke.model, smoke.train, tokens, peak_flops_per_s=1e12)
+    assert str(tmp_path) not in (run / "config.json").read_text()
+    (tmp_path / "a").rename(tmp_path / "b")
+    about = runs.read_run(tmp_path / "b" / "run")
+    assert (about.model, about.train, about.peak_flops_per_s) == (smoke.model, smoke.train, 1e12)
+    assert about.tokens_dir == tmp_path / "b" / "real"
+    assert (tmp_path / "b" / "run" / "tokenizer.json").exists()
+
+
+def test_vocabulary_that_does_not_fit_the_model_is_refused(tmp_path):
+    runs.write_json(tmp_path / "manifest.json", {"tokenizer": {"vocab_size": 1000}})
+    smoke = SCALES["smoke"]
+    with pytest.raises(ValueError, match="1000 tokens but the model's vocab_size is 512"):
+        runs.create_run(tmp_path / "run", smoke.model, smoke.train, tmp_path)
+
+
+def test_metrics_are_told_apart_by_kind_and_forgotten_when_a_run_goes_back(tmp_path):
+    log = runs.MetricLog(tmp_path)
+    for step in range(1, 6):
+        log.write("step", step=step, loss=1.0)
+    log.write("event", step=5, text="something")
+    log.drop_after(3)
+    assert runs.read_metrics(tmp_path, "step").step.tolist() == [1, 2, 3]
+    assert runs.read_metrics(tmp_path, "event").text.tolist() == ["something"]
+    assert runs.read_metrics(tmp_path, "step", last=True).step.iloc[-1] == 3
+    assert runs.read_metrics(tmp_path / "nothing").empty
+
+
+def test_tensorboard_gets_a_copy_in_which_a_run_that_went_back_has_every_step_once(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = runs.MetricLog(tmp_path, "tensorboard")
+    for step in range(1, 7):
+        log.write("step", step=step, loss=9.0, mfu=None)
+    log.drop_after(3)
+    for step in range(4, 9):
+        log.write("step", step=step, loss=1.0, mfu=None)
+    log.close()
+    reader = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    found = [(point.step, point.value) for point in reader.Scalars("step/loss")]
+    assert found == [(n, 9.0) for n in (1, 2, 3)] + [(n, 1.0) for n in range(4, 9)]
+
+
+def test_lock_names_its_owner_and_dies_with_it(tmp_path):
+    code = "import sys, time; from pathlib import Path; from llmlib import runs\n"
+    code += "with runs.lock(Path(sys.argv[1])): print('mine', flush=True); time.sleep(600)"
+    owner = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
+    assert owner.stdout.readline() == b"mine\n"
+    name = f"process {owner.pid} on {socket.gethostname()}"
+    assert runs.lock_owner(tmp_path) == name
+    with pytest.raises(runs.Locked, match=f"in use by {name}"), runs.lock(tmp_path):
+        pass
+    owner.kill()
+    owner.wait()
+    assert runs.lock_owner(tmp_path) is None
+    with runs.lock(tmp_path):
+        assert runs.lock_owner(tmp_path) == f"process {os.getpid()} on {socket.gethostname()}"
+
+
+class NoLocks(filelock.FileLock):
+    """A lock on a file system that has none."""
+
+    def _acquire(self):
+        raise OSError(37, "No locks available")
+
+
+def test_without_locks_a_file_with_host_and_process_takes_their_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.filelock, "FileLock", NoLocks)
+    with runs.lock(tmp_path):
+        assert runs.lock_owner(tmp_path) == f"process {os.getpid()} on {socket.gethostname()}"
+        with pytest.raises(runs.Locked, match=rf"rm {tmp_path / 'lock'}"), runs.lock(tmp_path):
+            pass
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / "lock").write_text(f"{dead.pid}\n{socket.gethostname()}\n")
+    with runs.lock(tmp_path):
+        pass
