@@ -1,11 +1,10 @@
 """The compiled Llama, top-down, and the organisers' GPT-2 baseline beside it.
 
-A model maps tokens (B, T) to logits (B, T, V), or straight to the mean cross-entropy
-[nats/token] when it is given targets. Module names are those of Hugging Face's
-LlamaForCausalLM, and RoPE pairs features half a head apart as it does, so that weights move
-without permutation. Shapes are static and RoPE is real-valued: it compiles without graph breaks.
-A model that writes text keeps the keys and values of what it has read in one ``Cache`` per layer.
-Llama: arXiv:2302.13971; RoPE: arXiv:2104.09864; SwiGLU: arXiv:2002.05202; RMSNorm: arXiv:1910.07467.
+A model maps tokens (B, T) to logits (B, T, V), or straight to the mean cross-entropy [nats/token]
+when it is given targets. Llama's module names are those of Hugging Face's LlamaForCausalLM, and RoPE
+pairs features half a head apart as it does, so that weights move without permutation. Shapes are
+static and RoPE is real-valued: it compiles without graph breaks. Llama: arXiv:2302.13971; RoPE:
+arXiv:2104.09864; SwiGLU: arXiv:2002.05202; RMSNorm: arXiv:1910.07467.
 """
 
 from __future__ import annotations
@@ -19,21 +18,42 @@ from torch import Tensor, nn
 
 from llmlib.config import ModelConfig
 
-LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**29}  # in memory: little more than a CPU's caches hold
+LOGITS_AT_ONCE = {"cpu": 2**25}  # in memory: little more than a CPU's caches hold
+LOGITS_ON_DEVICE = 2**29
 
 
 class LanguageModel(nn.Module):
-    """What both architectures share: the tied head and the loss."""
+    """Blocks between an embedding and a head that share their weight."""
 
-    config: ModelConfig
-    embed_tokens: nn.Embedding
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config, is_llama = config, config.arch == "llama"
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
+        if is_llama:
+            cos, sin = rope_tables(config.seq_len, config.d_head, config.rope_theta)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        else:
+            self.embed_positions = nn.Embedding(config.seq_len, config.d_model)
+        block = LlamaBlock if is_llama else GPT2Block
+        self.layers = nn.ModuleList(block(config) for _ in range(config.n_layer))
+        self.norm = RMSNorm(config.d_model, config.norm_eps) if is_llama else layer_norm(config)
 
     def hidden(self, tokens: Tensor, caches: list[Cache] | None = None) -> Tensor:
         """Map tokens (B, T) to the normalised last hidden state (B, T, d_model).
 
         With caches, the tokens follow those read before, and join them.
         """
-        raise NotImplementedError
+        start = caches[0].n_tokens if caches else 0
+        here = slice(start, start + tokens.size(1))
+        x, rope = self.embed_tokens(tokens), ()
+        if self.config.arch == "llama":
+            rope = (self.cos[here], self.sin[here])
+        else:
+            x = x + self.embed_positions.weight[here]
+        for i, layer in enumerate(self.layers):
+            x = layer(x, *rope, cache=caches and caches[i])
+        return self.norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Return logits (B, T, V), or the mean loss [nats/token] if targets (B, T) are given."""
@@ -42,12 +62,30 @@ class LanguageModel(nn.Module):
             return F.linear(hidden, head)
         return LinearCrossEntropy.apply(hidden.flatten(0, 1), head, targets.flatten())
 
+    def score(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum the loss [nats] and count right guesses over (B, T), without all logits at once."""
+        hidden, head = self.hidden(tokens).flatten(0, 1), self.embed_tokens.weight
+        rows = hidden.split(n_rows(head)), targets.flatten().split(n_rows(head))
+        losses, n_correct = [], []
+        for x, y in zip(*rows, strict=True):
+            logits = F.linear(x, head).float()
+            losses.append(F.cross_entropy(logits, y, reduction="sum"))
+            n_correct.append((logits.argmax(-1) == y).sum())
+        return torch.stack(losses).sum(), torch.stack(n_correct).sum()
+
     def next_logits(self, tokens: Tensor, caches: list[Cache]) -> Tensor:
         """Read tokens (B, T) after those in the caches; return the logits (B, V) of the next."""
         return F.linear(self.hidden(tokens, caches)[:, -1], self.embed_tokens.weight)
 
     def new_caches(self) -> list[Cache]:
-        return [Cache(self.config, self.embed_tokens.weight) for _ in range(self.config.n_layer)]
+        """Make one empty cache per layer, for a model that writes text."""
+        return [Cache(self.config, self.embed_tokens.weight) for _ in self.layers]
+
+
+def n_rows(head: Tensor) -> int:
+    """Choose a power of two of rows whose logits (rows, V) are handled together."""
+    limit = LOGITS_AT_ONCE.get(head.device.type, LOGITS_ON_DEVICE)
+    return 2 ** int(math.log2(max(limit // len(head), 1)))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -60,23 +98,21 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        device = hidden.device.type
+        device, n, rows = hidden.device.type, len(hidden), n_rows(head)
         is_mixed = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_mixed else head.dtype
         with torch.autocast(device, enabled=False):
             low_head = head.to(dtype)
             losses, d_hidden, d_head = [], [], 0.0
-            n_rows = 2 ** int(math.log2(max(LOGITS_AT_ONCE[device] // len(head), 1)))
-            for x, y in zip(hidden.to(dtype).split(n_rows), targets.split(n_rows), strict=True):
+            for x, y in zip(hidden.to(dtype).split(rows), targets.split(rows), strict=True):
                 logits = (x @ low_head.t()).float()
                 log_z = logits.logsumexp(-1, keepdim=True)
                 losses.append((log_z - logits.gather(1, y[:, None])).sum())
                 is_target = torch.arange(len(head), device=y.device) == y[:, None]
-                d_logits = ((logits - log_z).exp() - is_target.float()).to(dtype)
+                d_logits = (((logits - log_z).exp() - is_target.float()) / n).to(dtype)
                 d_hidden.append(d_logits @ low_head)
                 d_head = d_head + (d_logits.t() @ x).float()
-        n = len(hidden)
-        ctx.save_for_backward((torch.cat(d_hidden) / n).type_as(hidden), d_head / n)
+        ctx.save_for_backward(torch.cat(d_hidden).type_as(hidden), d_head)
         return torch.stack(losses).sum() / n
 
     @staticmethod
@@ -100,11 +136,6 @@ class Cache:
         return k, v
 
 
-def positions(tokens: Tensor, caches: list[Cache] | None) -> slice:
-    start = caches[0].n_tokens if caches else 0
-    return slice(start, start + tokens.size(1))
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None) -> Tensor:
     """Causal attention (B, H, T, d_head): a token sees itself and all before it, cached or not."""
     if cache is None:
@@ -113,26 +144,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None) -> Tensor:
     n_new, n = q.size(2), k.size(2)
     sees = torch.ones(n_new, n, dtype=torch.bool, device=q.device).tril(n - n_new)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
-
-
-class Llama(LanguageModel):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleList(LlamaBlock(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.d_model, config.norm_eps)
-        cos, sin = rope_tables(config.seq_len, config.d_head, config.rope_theta)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
-        init_weights(self)
-
-    def hidden(self, tokens: Tensor, caches: list[Cache] | None = None) -> Tensor:
-        here = positions(tokens, caches)
-        x = self.embed_tokens(tokens)
-        for i, layer in enumerate(self.layers):
-            x = layer(x, self.cos[here], self.sin[here], caches and caches[i])
-        return self.norm(x)
 
 
 class LlamaBlock(nn.Module):
@@ -202,72 +213,46 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
-class GPT2(LanguageModel):
-    """The organisers' baseline: learned positions, LayerNorm, GELU, no biases."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
-        self.embed_positions = nn.Embedding(config.seq_len, config.d_model)
-        self.layers = nn.ModuleList(GPT2Block(config) for _ in range(config.n_layer))
-        self.norm = nn.LayerNorm(config.d_model, config.norm_eps, bias=False)
-        init_weights(self)
-
-    def hidden(self, tokens: Tensor, caches: list[Cache] | None = None) -> Tensor:
-        here = positions(tokens, caches)
-        x = self.embed_tokens(tokens) + self.embed_positions.weight[here]
-        for i, layer in enumerate(self.layers):
-            x = layer(x, caches and caches[i])
-        return self.norm(x)
-
-
 class GPT2Block(nn.Module):
+    """A block of the organisers' baseline: LayerNorm, GELU, no biases."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        d = config.d_model
-        self.n_head = config.n_head
-        self.ln_1 = nn.LayerNorm(d, config.norm_eps, bias=False)
+        d, self.n_head = config.d_model, config.n_head
+        self.ln_1, self.ln_2 = layer_norm(config), layer_norm(config)
         self.qkv_proj = nn.Linear(d, 3 * d, bias=False)
         self.o_proj = nn.Linear(d, d, bias=False)
-        self.ln_2 = nn.LayerNorm(d, config.norm_eps, bias=False)
         self.up_proj = nn.Linear(d, config.d_ff, bias=False)
         self.down_proj = nn.Linear(config.d_ff, d, bias=False)
 
     def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
         qkv = self.qkv_proj(self.ln_1(x))
         q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.n_head)
-        y = attend(q, k, v, cache)
-        x = x + self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
+        x = x + self.o_proj(rearrange(attend(q, k, v, cache), "b h t d -> b t (h d)"))
         return x + self.down_proj(F.gelu(self.up_proj(self.ln_2(x)), approximate="tanh"))
 
 
-@torch.no_grad()
-def init_weights(model: LanguageModel) -> None:
-    """Draw matrices from N(0, 0.02); those that write to the residual stream, 0.02/sqrt(2 n_layer).
+def layer_norm(config: ModelConfig) -> nn.LayerNorm:
+    return nn.LayerNorm(config.d_model, config.norm_eps, bias=False)
 
-    GPT-2's initialisation, as the recipe uses it.
+
+@torch.no_grad()
+def init_weights(model: LanguageModel, zero_init: bool) -> None:
+    """Draw matrices from N(0, 0.02), as GPT-2 does, in the order of their names.
+
+    Those that write to the residual stream get 0.02/sqrt(2 n_layer), or zero with ``zero_init``.
     """
-    std_residual = 0.02 / math.sqrt(2 * model.config.n_layer)
+    std_residual = 0.0 if zero_init else 0.02 / math.sqrt(2 * model.config.n_layer)
     for name, param in model.named_parameters():
         if param.dim() >= 2:
-            param.normal_(0.0, std_residual if is_residual(name) else 0.02)
-
-
-def is_residual(name: str) -> bool:
-    """Say whether a parameter of this name writes to the residual stream."""
-    return name.endswith(("o_proj.weight", "down_proj.weight"))
+            is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+            param.normal_(0.0, std_residual if is_residual else 0.02)
 
 
 def build_model(config: ModelConfig, *, seed: int = 0, zero_init: bool = False) -> LanguageModel:
-    """Build and initialise a model on the CPU in fp32; the same seed gives the same weights.
-
-    With ``zero_init``, the matrices that write to the residual stream start at zero.
-    """
+    """Build and initialise a model on the CPU in fp32; the same seed gives the same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = {"llama": Llama, "gpt2": GPT2}[config.arch](config)
-    for name, param in model.named_parameters():
-        if zero_init and is_residual(name):
-            nn.init.zeros_(param)
+        model = LanguageModel(config)
+        init_weights(model, zero_init)
     return model

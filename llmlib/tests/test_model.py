@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from llmlib.config import gpt2_config, llama_config
+from llmlib.config import llama_config, resize
 from llmlib.model import LOGITS_AT_ONCE, build_model, rope_tables, rotate
 
 LLAMA = llama_config(3, 64, d_head=16, vocab_size=320, seq_len=48)
-GPT2 = gpt2_config(n_layer=3, d_model=64, n_head=4, vocab_size=320, seq_len=48)
+GPT2 = resize(LLAMA, arch="gpt2")
 
 
 @pytest.fixture(params=[LLAMA, GPT2], ids=lambda c: c.arch)
@@ -156,6 +156,17 @@ def test_loss_is_the_mean_cross_entropy_of_the_logits(model, tokens):
     targets = tokens.roll(-1, 1)
     chances = torch.log_softmax(model(tokens), -1).gather(-1, targets[..., None])
     assert model(tokens, targets).item() == pytest.approx(-chances.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("n_rows", [1, 7, 1000])
+@torch.no_grad()
+def test_score_sums_the_loss_and_counts_right_guesses(model, tokens, monkeypatch, n_rows):
+    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", n_rows * 320)
+    targets, logits = tokens.roll(-1, 1), larger_weights(model)(tokens)
+    loss, n_correct = model.score(tokens, targets)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert n_correct == (logits.argmax(-1) == targets).sum()
 
 
 def test_initial_weights_follow_the_recipe():

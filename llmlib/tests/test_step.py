@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmlib.config import ModelConfig, TrainConfig
+from llmlib.config import OPTIMIZERS, ModelConfig, TrainConfig
 from llmlib.model import build_model
-from llmlib.optim import OPTIMIZERS, build_optimizer
-from llmlib.step import EVAL_BATCH, evaluate, train_step
+from llmlib.optim import build_optimizer
+from llmlib.step import EVAL_BATCH, compile_model, evaluate, train_step
 
 CONFIG = ModelConfig(
     vocab_size=128, seq_len=16, n_layer=2, n_head=2, d_model=32, d_ff=64, norm_eps=1e-5
@@ -23,13 +23,13 @@ CPU, FP32 = torch.device("cpu"), torch.float32
 
 def setup(lr=0.1, n_sequences=12):
     model = build_model(CONFIG, seed=0)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "peak_lr": 1.0}], lr=lr)
     tokens = torch.randint(128, (n_sequences, 17), generator=torch.Generator().manual_seed(0))
     return model, optimizer, tokens[:, :-1], tokens[:, 1:]
 
 
 def step(model, optimizer, inputs, targets, **changes):
-    settings = {"micro_batch": 4, "lr": 0.1, "grad_clip": 1e9, "dtype": FP32} | changes
+    settings = {"micro_batch": 4, "lr_factor": 0.1, "grad_clip": 1e9, "dtype": FP32} | changes
     return train_step(model, optimizer, inputs, targets, **settings)
 
 
@@ -53,7 +53,7 @@ def test_accumulated_gradient_is_that_of_one_big_batch(micro_batch):
 def test_step_goes_down_the_clipped_gradient():
     model, optimizer, inputs, targets = setup()
     before = torch.cat([p.detach().flatten() for p in model.parameters()])
-    _, norm = step(model, optimizer, inputs, targets, grad_clip=0.05, lr=0.2)
+    _, norm = step(model, optimizer, inputs, targets, grad_clip=0.05, lr_factor=0.2)
     after = torch.cat([p.detach().flatten() for p in model.parameters()])
     assert norm > 0.05  # as it was before clipping
     assert (after - before).norm().item() == pytest.approx(0.2 * 0.05, rel=1e-4)
@@ -95,15 +95,15 @@ class Looks(TorchDispatchMode):
 
 @pytest.mark.parametrize("optimizer_name", OPTIMIZERS)
 def test_step_never_waits_for_the_device(optimizer_name, monkeypatch):
-    monkeypatch.setattr("llmlib.step.looking_is_free", lambda device: False)
+    monkeypatch.setattr("llmlib.step.reading_is_free", lambda device: False)
     model, _, inputs, targets = setup(n_sequences=8)
     config = TrainConfig(optimizer=optimizer_name, micro_batch=4, grad_accum=2)
     optimizer = build_optimizer(model, config)
     with Looks() as looks:
         for _ in range(2):
-            loss, _ = step(model, optimizer, inputs, targets, grad_clip=0.1)
+            numbers = step(model, optimizer, inputs, targets, grad_clip=0.1)
         assert looks.n == 0
-        loss.item()
+        numbers[0].item()
         assert looks.n == 1
 
 
@@ -146,3 +146,13 @@ def test_evaluation_weighs_every_token_the_same():
     assert result["perplexity"] == pytest.approx(math.exp(expected), rel=1e-6)
     assert result["accuracy"] == pytest.approx(hits)
     assert result["n_tokens"] == n * 16
+
+
+def test_without_a_compiler_the_model_runs_uncompiled_and_says_so(monkeypatch, capsys):
+    model, *_ = setup()
+    monkeypatch.setattr("llmlib.step.shutil.which", lambda name: None)
+    assert compile_model(model, CPU) is model
+    assert "No C++ compiler here" in capsys.readouterr().out
+    monkeypatch.setattr("llmlib.step.importlib.util.find_spec", lambda name: None)
+    assert compile_model(model, torch.device("cuda")) is model
+    assert "No Triton here" in capsys.readouterr().out
