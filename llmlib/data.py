@@ -1,4 +1,4 @@
-"""Token files, as ``prepare`` writes them, to batches.
+"""A prepared folder, as ``prepare`` writes it: splits, batches, evaluation windows.
 
 Batches are a pure function of (seed, step, rank), so resuming means knowing the step.
 """
@@ -22,7 +22,7 @@ from llmlib import runs
 
 
 @dataclass(frozen=True)
-class Tokens:
+class TokenFiles:
     """One split on disk. Files are mapped anew for each batch, so resident memory stays flat."""
 
     folder: Path
@@ -30,18 +30,17 @@ class Tokens:
     lengths: tuple[int, ...]
     dtype: str
 
-    def read(self, file: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+    def read(self, file: int) -> np.ndarray:
         """Map a file; what was read of it leaves memory with the last view of the result."""
-        path = self.folder / self.files[file]
-        return np.asarray(np.memmap(path, dtype=self.dtype, mode="r"))[start:stop]
+        return np.asarray(np.memmap(self.folder / self.files[file], dtype=self.dtype, mode="r"))
 
     def streams(self) -> Iterator[np.ndarray]:
         return map(self.read, range(len(self.files)))
 
 
-def open_split(folder: Path, split: str) -> Tokens:
+def open_split(tokens_dir: Path, split: str) -> TokenFiles:
     """Open a prepared split: "train", "val" (documents held out of it), or an official one."""
-    manifest = load_manifest(folder)
+    manifest = load_manifest(tokens_dir)
     if split not in manifest["splits"]:
         raise ValueError(
             f"split={split!r} is not in these tokens; choose from {', '.join(manifest['splits'])}."
@@ -49,21 +48,21 @@ def open_split(folder: Path, split: str) -> Tokens:
     shards = [shard for shard in manifest["splits"][split] if shard["n_tokens"]]
     itemsize = np.dtype(manifest["dtype"]).itemsize
     for shard in shards:
-        path = folder / shard["file"]
+        path = tokens_dir / shard["file"]
         if not path.exists() or path.stat().st_size != shard["n_tokens"] * itemsize:
             raise ValueError(
                 f"{shard['file']} is missing or has another size than its manifest says; "
                 "run 01_data_prep with verify=True, which rebuilds it."
             )
     files, lengths = (tuple(shard[key] for shard in shards) for key in ("file", "n_tokens"))
-    return Tokens(folder, files, lengths, manifest["dtype"])
+    return TokenFiles(tokens_dir, files, lengths, manifest["dtype"])
 
 
-def load_manifest(folder: Path) -> dict[str, Any]:
+def load_manifest(tokens_dir: Path) -> dict[str, Any]:
     """Read the manifest of prepared tokens."""
-    if not (folder / "manifest.json").exists():
-        raise ValueError(f"run 01_data_prep first: there is no manifest in {folder}.")
-    return runs.read_json(folder / "manifest.json")
+    if not (tokens_dir / "manifest.json").exists():
+        raise ValueError(f"run 01_data_prep first: there is no manifest in {tokens_dir}.")
+    return runs.read_json(tokens_dir / "manifest.json")
 
 
 class Batches:
@@ -73,26 +72,11 @@ class Batches:
     end of a file and too short for a window is not used.
     """
 
-    def __init__(
-        self,
-        tokens: Tokens,
-        seq_len: int,
-        n_sequences: int,
-        *,
-        seed: int = 0,
-        align_documents: bool = False,
-        end_of_text: int | None = None,
-    ):
+    def __init__(self, tokens: TokenFiles, seq_len: int, n_sequences: int, *, seed: int = 0):
         self.tokens, self.seq_len, self.n_sequences, self.seed = tokens, seq_len, n_sequences, seed
-        starts = [
-            _aligned_starts(stream, seq_len, end_of_text)
-            if align_documents
-            else np.arange(0, len(stream) - seq_len, seq_len)
-            for stream in tokens.streams()
-        ]
-        self.starts = np.concatenate(starts)
-        self.first_of_file = np.cumsum([0] + [len(s) for s in starts])
-        self.n_windows = len(self.starts)
+        counts = [max(0, (length - 1) // seq_len) for length in tokens.lengths]
+        self.first_of_file = np.cumsum([0, *counts])
+        self.n_windows = int(self.first_of_file[-1])
         if self.n_windows == 0:
             raise ValueError(
                 f"{sum(tokens.lengths)} tokens are too few for one window of {seq_len + 1}; "
@@ -115,24 +99,13 @@ class Batches:
         """Read this rank's share of a step: inputs and targets, each (n_sequences / world_size, T)."""
         share = self.n_sequences // world_size
         mine = self.indices(step)[rank * share : (rank + 1) * share]
-        files = (np.searchsorted(self.first_of_file, mine, side="right") - 1).tolist()
-        streams = {file: self.tokens.read(file) for file in set(files)}
-        pairs = zip(files, self.starts[mine].tolist(), strict=True)
+        files = np.searchsorted(self.first_of_file, mine, side="right") - 1
+        starts = (mine - self.first_of_file[files]) * self.seq_len
+        streams = {file: self.tokens.read(file) for file in set(files.tolist())}
+        pairs = zip(files.tolist(), starts.tolist(), strict=True)
         windows = np.stack([streams[f][start : start + self.seq_len + 1] for f, start in pairs])
         both = torch.from_numpy(windows.astype(np.int64))
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
-
-
-def _aligned_starts(tokens: np.ndarray, seq_len: int, end_of_text: int | None) -> np.ndarray:
-    """Start windows at documents: each next start steps back to a document begun in the last one."""
-    documents = np.concatenate([[0], np.flatnonzero(tokens == end_of_text) + 1])
-    starts, position = [], 0
-    while position + seq_len < len(tokens):
-        starts.append(position)
-        following = position + seq_len
-        newest = int(documents[np.searchsorted(documents, following, side="right") - 1])
-        position = newest if newest > position else following
-    return np.array(starts, dtype=np.int64)
 
 
 def prefetch(
@@ -153,15 +126,17 @@ def prefetch(
             yield inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
 
-def eval_windows(tokens: Tokens, seq_len: int, n_sequences: int | None = None) -> np.ndarray:
-    """Read non-overlapping windows (n, seq_len + 1) of a held-out split, evenly spread, always the same."""
-    stream = np.concatenate([*tokens.streams()])
+def eval_windows(
+    tokens_dir: Path, split: str, seq_len: int, n_windows: int | None = None
+) -> np.ndarray:
+    """Read non-overlapping windows (n, seq_len + 1) of a split, evenly spread, always the same."""
+    stream = np.concatenate([*open_split(tokens_dir, split).streams()])
     if len(stream) <= seq_len:
         raise ValueError(
-            f"the validation split has {len(stream)} tokens, too few for one window of {seq_len + 1}; "
+            f"the {split} split has {len(stream)} tokens, too few for one window of {seq_len + 1}; "
             "bring more text, raise test_size or lower seq_len."
         )
-    return _windows(stream, seq_len, n_sequences)
+    return _windows(stream, seq_len, n_windows)
 
 
 def _windows(stream: np.ndarray, seq_len: int, n_sequences: int | None = None) -> np.ndarray:
@@ -171,55 +146,43 @@ def _windows(stream: np.ndarray, seq_len: int, n_sequences: int | None = None) -
     return np.stack([stream[s : s + seq_len + 1] for s in starts]).astype(np.int64)
 
 
-def read_domain(folder: Path, split: str, domain: str) -> np.ndarray:
-    """Read the tokens of one domain's documents in a held-out split, in order."""
-    shards = [shard for shard in load_manifest(folder)["splits"][split] if shard["n_tokens"]]
-    parts = []
-    for shard, stream in zip(shards, open_split(folder, split).streams(), strict=True):
-        if "documents" not in shard:
-            raise ValueError(f"split={split!r} does not list its documents; choose a held-out one.")
-        is_wanted = [entry[1] == domain for entry in shard["documents"]]
-        n_tokens = [entry[3] for entry in shard["documents"]]
-        parts.append(stream[np.repeat(is_wanted, n_tokens)])
-    return np.concatenate(parts)
+def sha256(windows: np.ndarray) -> str:
+    """Hash evaluation windows: losses compare between runs whose hashes are equal."""
+    return hashlib.sha256(windows.tobytes()).hexdigest()
 
 
-def domain_windows(folder: Path, split: str, seq_len: int) -> dict[str, np.ndarray]:
+def domain_windows(tokens_dir: Path, split: str, seq_len: int) -> dict[str, np.ndarray]:
     """Cut each domain of a held-out split into windows; one too small for a window is left out."""
-    shards = load_manifest(folder)["splits"][split]
-    domains = sorted({domain for shard in shards for domain in shard["domains"]})
-    streams = {domain: read_domain(folder, split, domain) for domain in domains}
+    parts: dict[str, list[np.ndarray]] = {}
+    for (domain, _), document in documents(tokens_dir, split):
+        parts.setdefault(domain, []).append(document)
+    streams = {domain: np.concatenate(found) for domain, found in sorted(parts.items())}
     return {d: _windows(stream, seq_len) for d, stream in streams.items() if len(stream) > seq_len}
 
 
-def shared_documents(folder: Path) -> pd.DataFrame:
+def documents(tokens_dir: Path, split: str) -> Iterator[tuple[tuple[str, int], np.ndarray]]:
+    """Yield the documents of a held-out split: domain, bytes of text, and tokens."""
+    shards = [shard for shard in load_manifest(tokens_dir)["splits"][split] if shard["n_tokens"]]
+    for shard, stream in zip(shards, open_split(tokens_dir, split).streams(), strict=True):
+        if "documents" not in shard:
+            raise ValueError(f"split={split!r} does not list its documents; choose a held-out one.")
+        stops = np.cumsum([entry[3] for entry in shard["documents"]])
+        for entry, tokens in zip(shard["documents"], np.split(stream, stops), strict=False):
+            yield (entry[1], entry[2]), tokens
+
+
+def shared_documents(tokens_dir: Path) -> pd.DataFrame:
     """Count the documents (by the hash of their tokens) of one split that another one holds too."""
-    names = [name for name in load_manifest(folder)["splits"] if name != "train"]
-    heldout = {name: set(_document_hashes(folder, name)) for name in names}
-    n_shared = {(a, b): len(heldout[a] & heldout[b]) for a, b in combinations(names, 2)}
-    n_shared |= {("train", name): 0 for name in names}
-    for digest in _document_hashes(folder, "train"):
-        for name in names:
-            n_shared["train", name] += digest in heldout[name]
-    return pd.DataFrame(
-        [(*pair, n) for pair, n in n_shared.items()], columns=["split", "other", "n_shared"]
-    )
+    hashes = {split: _hashes(tokens_dir, split) for split in load_manifest(tokens_dir)["splits"]}
+    rows = [(a, b, len(hashes[a] & hashes[b])) for a, b in combinations(hashes, 2)]
+    return pd.DataFrame(rows, columns=["split", "other", "n_shared"])
 
 
-def _document_hashes(folder: Path, split: str) -> Iterator[bytes]:
-    for stream in open_split(folder, split).streams():
-        start = 0
-        for stop in _ends(folder, stream).tolist():
-            yield hashlib.blake2b(stream[start:stop].tobytes(), digest_size=16).digest()
-            start = stop
-
-
-def _ends(folder: Path, stream: np.ndarray) -> np.ndarray:
-    """Find where documents end: behind each end of text."""
-    return np.flatnonzero(stream == load_manifest(folder)["tokenizer"]["end_of_text"]) + 1
-
-
-def document_lengths(folder: Path, split: str) -> pd.DataFrame:
-    """Measure the documents of a split's first token file [tokens, end of text included]."""
-    ends = _ends(folder, open_split(folder, split).read(0))
-    return pd.DataFrame({"tokens": np.diff(ends, prepend=0)})
+def _hashes(tokens_dir: Path, split: str) -> set[bytes]:
+    end_of_text = load_manifest(tokens_dir)["tokenizer"]["end_of_text"]
+    return {
+        hashlib.blake2b(document.tobytes(), digest_size=16).digest()
+        for stream in open_split(tokens_dir, split).streams()
+        for document in np.split(stream, np.flatnonzero(stream == end_of_text) + 1)
+        if len(document)
+    }

@@ -14,15 +14,15 @@ import os
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from llmlib import runs, tokenizer
+from llmlib import data, runs, tokenizer
 from llmlib.config import DataConfig, to_json
 from llmlib.corpus import (
     Corpus,
@@ -36,62 +36,64 @@ from llmlib.corpus import (
 
 BPE_TRAINING_BYTES = 40_000_000  # text that a trained tokenizer sees
 JOB_BYTES = 500_000  # text per job: enough to hide what Python adds, little enough to share out
+SKIPPED = ("null", "empty", "invalid_utf8")
 
 Marker = dict[str, Any]  # what is written about a finished token file
-Entry = list  # a document: [index, domain, bytes, tokens]
+Encoded = tuple[np.ndarray, list[list]]  # tokens, and [index, domain, bytes, tokens] per document
 
 
-def prepare(config: DataConfig, folder: Path, *, n_workers: int | None = None) -> dict[str, Any]:
-    """Tokenise a corpus into ``folder`` and return its manifest; what is finished is kept."""
-    if (folder / "manifest.json").exists():
-        manifest = runs.read_json(folder / "manifest.json")
-        _refuse_other_config(folder, manifest["source"]["config"], to_json(config))
-        return manifest
+def prepare(
+    config: DataConfig, tokens_dir: Path, *, n_workers: int | None = None
+) -> dict[str, Any]:
+    """Tokenise a corpus into a folder and return its manifest; what is finished is kept."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with runs.lock(folder):
-            return _prepare(config, folder, n_workers or n_cores())
+        record = runs.Record(tokens_dir, to_json(config))
+        if (tokens_dir / "manifest.json").exists():
+            return data.load_manifest(tokens_dir)
+        with runs.lock(tokens_dir):
+            return _prepare(config, record, n_workers or runs.n_cores())
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise ValueError(
-            f"the disk is full while writing tokens to {folder}; free some space (2 bytes per token, "
-            "4 for a large vocabulary) and run again: finished shards are kept."
+            f"the disk is full while writing tokens to {tokens_dir}; free some space (2 bytes per "
+            "token, 4 for a large vocabulary) and run again: finished shards are kept."
         ) from error
 
 
-def _prepare(config: DataConfig, folder: Path, n_workers: int) -> dict[str, Any]:
-    source, corpus = _claim(config, folder)
+def _prepare(config: DataConfig, record: runs.Record, n_workers: int) -> dict[str, Any]:
+    # The first visit pins what the corpus is, so that a resumed one reads the same revision.
+    source = record.cached_json("source", lambda: _describe(open_corpus(config)))
+    corpus = open_corpus(replace(config, revision=source["revision"]))
     heldout = heldout_documents(source["n_documents"], config.test_size, config.split_seed)
-    encoding = _tokenizer(config, corpus, set(heldout), folder)
-    encoder = tokenizer.DocumentEncoder(encoding)
-    bar, unit = _progress(source["n_documents"], config.n_tokens)
-    with ThreadPoolExecutor(n_workers) as pool, bar:
-        writer = Writer(encoder, folder, pool, n_workers, bar, unit)
+    encoding = _tokenizer(config, corpus, set(heldout), record.path)
+    total, unit = (source["n_documents"], "documents") if config.n_tokens is None else (config.n_tokens, "tokens")  # fmt: skip
+    with tqdm(total=total, desc="tokenising", unit=f" {unit}") as bar:
+        writer = Writer(tokenizer.DocumentEncoder(encoding), record.path, n_workers, bar)
         train = writer.write_split(corpus.train, set(heldout), config.n_tokens)
         official = {name: writer.write_split(shards) for name, shards in corpus.official.items()}
     n_tokens = _total(train, "n_tokens")
     manifest = {
-        "source": source,
+        "source": source | {"config": to_json(config)},
         "tokenizer": {
             "name": encoding.name,
             "vocab_size": encoding.n_vocab,
-            "end_of_text": encoder.end_of_text,
+            "end_of_text": encoding.eot_token,
             "sha256": tokenizer.tokenizer_hash(encoding),
         },
-        "dtype": encoder.dtype.str,
+        "dtype": writer.encoder.dtype.str,
         "n_tokens": n_tokens,
         "is_whole_corpus": len(train) == len(corpus.train),
         "is_short_of_n_tokens": config.n_tokens is not None and n_tokens < config.n_tokens,
-        "splits": {
-            "train": train,
-            "val": [_write_val(folder, encoder.dtype, train, heldout)],
-            **official,
-        },
+        "splits": {"train": train, "val": [writer.gather(train, heldout)], **official},
     }
     _check(manifest)
-    runs.write_json(folder / "manifest.json", manifest)
+    runs.write_json(record.path / "manifest.json", manifest)
     return manifest
+
+
+def _describe(corpus: Corpus) -> dict[str, Any]:
+    return {"revision": corpus.revision, "n_documents": count_documents(corpus)}
 
 
 def _total(markers: list[Marker], key: str) -> int:
@@ -115,33 +117,6 @@ def _check(manifest: dict[str, Any]) -> None:
             )
 
 
-def _claim(config: DataConfig, folder: Path) -> tuple[dict[str, Any], Corpus]:
-    """Pin what the corpus is on the first visit, so that a resumed one reads the same revision."""
-    path = folder / "source.json"
-    if path.exists():
-        source = runs.read_json(path)
-        _refuse_other_config(folder, source["config"], to_json(config))
-        return source, open_corpus(replace(config, revision=source["revision"]))
-    corpus = open_corpus(config)
-    source = {
-        "config": to_json(config),
-        "revision": corpus.revision,
-        "n_documents": count_documents(corpus),
-    }
-    runs.write_json(path, source)
-    return source, corpus
-
-
-def _refuse_other_config(folder: Path, there: dict, here: dict) -> None:
-    for name in there | here:
-        if there.get(name) != here.get(name):
-            raise ValueError(
-                f"the tokens in {folder.parent.name}/{folder.name} were made with "
-                f"{name}={there.get(name)!r}, not {here.get(name)!r}; choose another run_name or "
-                "runs_dir, or delete that folder."
-            )
-
-
 def heldout_documents(n_documents: int, test_size: float, seed: int) -> list[int]:
     """Index the held-out documents, in order, as ``datasets``' shuffled ``train_test_split`` does."""
     if n_documents < 2:
@@ -150,6 +125,9 @@ def heldout_documents(n_documents: int, test_size: float, seed: int) -> list[int
         )
     n_test = math.ceil(test_size * n_documents)
     return np.random.default_rng(seed).permutation(n_documents)[:n_test].tolist()
+
+
+# ------------------------------------------------------------------------- the tokenizer
 
 
 def _tokenizer(
@@ -183,19 +161,7 @@ def _training_texts(corpus: Corpus, heldout: set[int], n_tokens: int | None) -> 
             return
 
 
-class Job(NamedTuple):
-    """Documents turned to tokens: those of the main file and those of the held-out one."""
-
-    counts: Counter  # of rows, of bytes and tokens, and of rows that are not as they should be
-    main: tuple[np.ndarray, list[Entry]]
-    heldout: tuple[np.ndarray, list[Entry]]
-
-
-def _progress(n_documents: int, n_tokens: int | None) -> tuple[tqdm, str]:
-    """Open a bar over the tokens wanted, or over all documents; return what of a job it counts."""
-    if n_tokens is None:
-        return tqdm(total=n_documents, desc="tokenising", unit=" documents"), "n_rows"
-    return tqdm(total=n_tokens, desc="tokenising", unit=" tokens"), "n_tokens"
+# ------------------------------------------------------------------------- token files
 
 
 @dataclass
@@ -207,11 +173,8 @@ class Writer:
 
     encoder: tokenizer.DocumentEncoder
     folder: Path
-    pool: ThreadPoolExecutor
     n_workers: int
     bar: tqdm
-    unit: str  # what the bar counts
-    done: Counter = field(default_factory=Counter)
 
     def write_split(
         self, shards: list[Shard], heldout: set[int] | None = None, n_tokens: int | None = None
@@ -224,68 +187,78 @@ class Writer:
         markers: list[Marker] = []
         for shard in shards:
             path = self.folder / f"{shard.name}.json"
-            if path.exists():
-                marker = runs.read_json(path)
-                self.bar.initial += marker[self.unit]
-                self.bar.n += marker[self.unit]
-            else:
+            if not path.exists():
                 marker = self._write_shard(fetch(shard), _total(markers, "n_rows"), heldout)
                 runs.write_json(path, marker)
+            else:
+                marker = runs.read_json(path)
+                self._advance(marker)
             markers.append(marker)
             if n_tokens is not None and _total(markers, "n_tokens") >= n_tokens:
                 break
         return markers
 
+    def _advance(self, counts: dict[str, Any]) -> None:
+        self.bar.update(counts["n_rows" if "documents" in self.bar.unit else "n_tokens"])
+
     def _write_shard(self, shard: Shard, offset: int, heldout: set[int] | None) -> Marker:
-        main_path, val_path = (self.folder / f"{shard.name}{kind}.bin" for kind in ("", ".val"))
         counts: Counter = Counter()
-        with TokenFile(main_path, heldout is None) as main, TokenFile(val_path, True) as val:
-            for job in self._jobs(shard, offset, heldout or set()):
-                counts.update(job.counts)
-                main.append(*job.main)
-                val.append(*job.heldout)
-                self._show(job.counts)
-            skipped = {kind: counts[kind] for kind in ("null", "empty", "invalid_utf8")}
-            marker = {"n_rows": counts["n_rows"], "skipped": skipped} | main.finish()
+        main_file = TokenFile(self.folder / f"{shard.name}.bin", heldout is None)
+        with main_file as main, TokenFile(self.folder / f"{shard.name}.val.bin", True) as val:
+            for job_counts, for_main, for_val in self._jobs(shard, offset, heldout or set()):
+                counts.update(job_counts)
+                main.append(*for_main)
+                val.append(*for_val)
+                self._advance(job_counts)
+            marker = {"n_rows": counts["n_rows"], "skipped": {k: counts[k] for k in SKIPPED}}
+            marker |= main.finish()
             return marker if heldout is None else marker | {"val": val.finish()}
 
-    def _show(self, counts: Counter) -> None:
-        self.done.update(counts)
-        seconds = max(self.bar.format_dict["elapsed"], 1e-9)
-        mb_per_s, tokens_per_s = (self.done[k] / seconds for k in ("n_bytes", "n_tokens"))
-        text = f"{mb_per_s / 1e6:.1f} MB/s, {tokens_per_s:,.0f} tokens/s"
-        self.bar.set_postfix_str(text, refresh=False)
-        self.bar.update(counts[self.unit])
-
-    def _jobs(self, shard: Shard, offset: int, heldout: set[int]) -> Iterator[Job]:
-        """Encode documents in order; only a few jobs are in flight, so memory stays flat."""
+    def _jobs(self, shard: Shard, offset: int, heldout: set[int]) -> Iterator[tuple]:
+        """Encode documents in order; only a few jobs are under way, so memory stays flat."""
         pending: deque = deque()
-        for documents in _groups(read_documents(shard)):
-            pending.append(self.pool.submit(self._encode, documents, offset, heldout))
-            offset += len(documents)
-            if len(pending) > 4 * self.n_workers:
+        with ThreadPoolExecutor(self.n_workers) as pool:
+            for documents in _groups(read_documents(shard)):
+                pending.append(pool.submit(self._encode, documents, offset, heldout))
+                offset += len(documents)
+                if len(pending) > 4 * self.n_workers:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
 
-    def _encode(self, documents: list[Document], offset: int, heldout: set[int]) -> Job:
+    def _encode(
+        self, documents: list[Document], offset: int, heldout: set[int]
+    ) -> tuple[Counter, Encoded, Encoded]:
         kept = [(i, d) for i, d in enumerate(documents, start=offset) if d.raw]
         main = self._to_tokens([(i, d) for i, d in kept if i not in heldout])
         val = self._to_tokens([(i, d) for i, d in kept if i in heldout])
         counts = Counter(
             n_rows=len(documents),
-            n_bytes=sum(len(d.raw) for _, d in kept),
             n_tokens=len(main[0]) + len(val[0]),
             null=sum(d.raw is None for d in documents),
             empty=sum(d.raw == b"" for d in documents),
             invalid_utf8=sum(not d.is_utf8 for d in documents),
         )
-        return Job(counts, main, val)
+        return counts, main, val
 
-    def _to_tokens(self, documents: list[tuple[int, Document]]) -> tuple[np.ndarray, list[Entry]]:
+    def _to_tokens(self, documents: list[tuple[int, Document]]) -> Encoded:
         tokens, counts = self.encoder.encode([d.text for _, d in documents])
-        pairs = zip(documents, counts.tolist(), strict=True)
+        pairs = zip(documents, counts, strict=True)
         return tokens, [[i, d.domain, len(d.raw), n] for (i, d), n in pairs]
+
+    def gather(self, shards: list[Marker], heldout: list[int]) -> Marker:
+        """Gather the held-out documents of all shards into one file, in the split's own order."""
+        found = {}
+        for shard in (marker["val"] for marker in shards):
+            tokens = np.fromfile(self.folder / shard["file"], dtype=self.encoder.dtype)
+            stops = np.cumsum([entry[3] for entry in shard["documents"]])
+            for entry, part in zip(shard["documents"], np.split(tokens, stops), strict=False):
+                found[entry[0]] = part, [entry]
+        with TokenFile(self.folder / "val.bin", lists_documents=True) as file:
+            for index in heldout:
+                if index in found:
+                    file.append(*found[index])
+            return file.finish()
 
 
 def _groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
@@ -307,7 +280,7 @@ class TokenFile:
     def __init__(self, path: Path, lists_documents: bool):
         self.path = path
         self.temporary = path.with_name(f".{path.name}.tmp")
-        self.file = open(self.temporary, "wb", buffering=0)  # noqa: SIM115 - closed by __exit__
+        self.file = open(self.temporary, "wb")  # noqa: SIM115 - closed by __exit__
         self.sha256 = hashlib.sha256()
         self.domains: dict[str, Counter] = defaultdict(Counter)
         self.n_tokens = 0
@@ -320,12 +293,10 @@ class TokenFile:
         self.file.close()
         self.temporary.unlink(missing_ok=True)
 
-    def append(self, tokens: np.ndarray, documents: list[Entry]) -> None:
+    def append(self, tokens: np.ndarray, documents: list[list]) -> None:
         """Add tokens and the documents they make up."""
-        raw = memoryview(tokens).cast("B")
-        while written := self.file.write(raw):
-            raw = raw[written:]
-        self.sha256.update(memoryview(tokens).cast("B"))
+        self.file.write(tokens.tobytes())
+        self.sha256.update(tokens.tobytes())
         self.n_tokens += len(tokens)
         for _, domain, n_bytes, n_tokens in documents:
             self.domains[domain].update(documents=1, bytes=n_bytes, tokens=n_tokens)
@@ -333,6 +304,7 @@ class TokenFile:
             self.documents += documents
 
     def finish(self) -> Marker:
+        self.file.flush()
         os.fsync(self.file.fileno())
         os.replace(self.temporary, self.path)
         marker = {
@@ -344,46 +316,26 @@ class TokenFile:
         return marker if self.documents is None else marker | {"documents": self.documents}
 
 
-def _write_val(folder: Path, dtype: np.dtype, shards: list[Marker], heldout: list[int]) -> Marker:
-    """Gather the held-out documents of all shards into one file, in the split's own order."""
-    found = {}
-    for shard in (marker["val"] for marker in shards):
-        tokens = np.fromfile(folder / shard["file"], dtype=dtype)
-        stops = np.cumsum([entry[3] for entry in shard["documents"]])
-        for entry, part in zip(shard["documents"], np.split(tokens, stops), strict=False):
-            found[entry[0]] = part, [entry]
-    with TokenFile(folder / "val.bin", lists_documents=True) as file:
-        for index in heldout:
-            if index in found:
-                file.append(*found[index])
-        return file.finish()
-
-
-def verify(folder: Path) -> list[str]:
+def verify(tokens_dir: Path) -> list[str]:
     """Compare every token file with its hash and return the names of those that differ.
 
     Whatever belongs to a bad file is forgotten, so that the next ``prepare`` rebuilds it alone.
     """
-    manifest = folder / "manifest.json"
-    markers = [runs.read_json(path) for path in sorted(folder.glob("*-*.json"))]
+    manifest = tokens_dir / "manifest.json"
+    markers = [runs.read_json(path) for path in sorted(tokens_dir.glob("*-*.json"))]
     markers += runs.read_json(manifest)["splits"]["val"] if manifest.exists() else []
     bad = []
     for marker in markers:
         files = [marker, marker["val"]] if "val" in marker else [marker]
-        if names := [f["file"] for f in files if _sha256(folder / f["file"]) != f["sha256"]]:
+        if names := [f["file"] for f in files if not _agrees(tokens_dir / f["file"], f["sha256"])]:
             bad += names
             manifest.unlink(missing_ok=True)  # first: it must not be left behind alone
-            (folder / marker["file"]).with_suffix(".json").unlink(missing_ok=True)
+            (tokens_dir / marker["file"]).with_suffix(".json").unlink(missing_ok=True)
     return bad
 
 
-def _sha256(path: Path) -> str | None:
+def _agrees(path: Path, sha256: str) -> bool:
     if not path.exists():
-        return None
+        return False
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def n_cores() -> int:
-    """Count the cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return hashlib.file_digest(file, "sha256").hexdigest() == sha256

@@ -14,13 +14,14 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import tiktoken
 
 END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-CUT_PATTERN = GPT2_PATTERN.replace(r"|\s+(?!\S)", "")  # splits alike once the text is cut
-CUT = "\ufdd0"  # a Unicode noncharacter: reserved for use inside programs
-WHITE_SPACE = (  # what tiktoken's \s means, spelt for arrow's regular expressions
+MARK = "\ufdd0"  # a Unicode noncharacter: reserved for use inside programs
+SPACE = (  # what tiktoken's \s means, spelt for arrow's regular expressions
     r"\t-\r \x{85}\x{A0}\x{1680}\x{2000}-\x{200A}\x{2028}\x{2029}\x{202F}\x{205F}\x{3000}"
 )
 
@@ -47,27 +48,24 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     """Train a byte-level BPE of ``vocab_size`` tokens with GPT-2's splitting pattern."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     model = Tokenizer(models.BPE())
     model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False
     )
     model.train_from_iterator(texts, trainer)
     merges = json.loads(model.to_str())["model"]["merges"]
     to_byte = byte_of_character()
-    words = [bytes([i]) for i in range(256)]
-    words += [bytes(to_byte[c] for c in left + right) for left, right in merges]
-    return _encoding("bpe", {word: rank for rank, word in enumerate(words)})
+    words = [bytes(to_byte[c] for c in left + right) for left, right in merges]
+    return _bpe([bytes([i]) for i in range(256)] + words)
 
 
-def _encoding(name: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
+def _bpe(words: list[bytes]) -> tiktoken.Encoding:
+    ranks = {word: rank for rank, word in enumerate(words)}
+    special = {END_OF_TEXT: len(words)}
     return tiktoken.Encoding(
-        name,
-        pat_str=GPT2_PATTERN,
-        mergeable_ranks=ranks,
-        special_tokens={END_OF_TEXT: len(ranks)},
+        "bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
     )
 
 
@@ -100,8 +98,7 @@ def load_tokenizer(path: Path) -> tiktoken.Encoding:
     """Read what ``save_tokenizer`` wrote."""
     record = json.loads(path.read_text())
     if record["name"] == "bpe":
-        words = [base64.b64decode(word) for word in record["words"]]
-        encoding = _encoding("bpe", {word: rank for rank, word in enumerate(words)})
+        encoding = _bpe([base64.b64decode(word) for word in record["words"]])
     else:
         encoding = load_tiktoken(record["name"])
     if tokenizer_hash(encoding) != record["sha256"]:
@@ -113,50 +110,38 @@ def load_tokenizer(path: Path) -> tiktoken.Encoding:
 
 
 class DocumentEncoder:
-    """Encode documents just as ``encode_ordinary`` does, about twice as fast.
+    """Encode documents just as ``encode_ordinary`` does, about 1.6 times as fast.
 
-    GPT-2's pattern looks ahead for one thing: of white space before a word, the last character
-    goes with the word. With a mark put before that character, a pattern without look-ahead splits
-    the text alike, and a finite automaton can run it.
+    GPT-2's pattern looks ahead for one thing: of white space before a word, the last character goes
+    with the word. With a mark put before that character, a pattern without look-ahead splits the
+    text alike, and a finite automaton can run it.
     """
 
     def __init__(self, encoding: tiktoken.Encoding):
-        self.encoding = encoding
-        self.end_of_text = encoding.encode_single_token(END_OF_TEXT)
+        self.encoding = self.marking = encoding
         self.dtype = np.dtype("<u2" if encoding.n_vocab <= 2**16 else "<u4")
-        self.cut_token = encoding.n_vocab  # not in the vocabulary; never leaves this class
-        self.cutting = None
         if encoding.name in ("gpt2", "bpe"):
-            self.cutting = tiktoken.Encoding(
-                f"{encoding.name}, cut",
-                pat_str=CUT_PATTERN,
+            self.marking = tiktoken.Encoding(
+                f"{encoding.name}, marked",
+                pat_str=GPT2_PATTERN.replace(r"|\s+(?!\S)", ""),
                 mergeable_ranks=encoding._mergeable_ranks,
-                special_tokens={CUT: self.cut_token},
+                special_tokens={MARK: encoding.n_vocab},  # never leaves this class
             )
 
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, texts: list[str]) -> tuple[np.ndarray, list[int]]:
         """Return the tokens of all documents, <|endoftext|> after each, and their counts."""
-        if self.cutting is None or any(CUT in text for text in texts):
-            encoded = [self.encoding.encode_to_numpy(t, disallowed_special=()) for t in texts]
-        else:
-            encoded = [
-                self.cutting.encode_to_numpy(text, allowed_special={CUT}, disallowed_special=())
-                for text in _cut_before_words(texts)
-            ]
-        end = np.array([self.end_of_text], np.uint32)
-        tokens = np.concatenate([end[:0], *chain.from_iterable((part, end) for part in encoded)])
-        tokens = tokens[tokens != self.cut_token].astype(self.dtype)
-        ends = np.flatnonzero(tokens == self.end_of_text) + 1
-        return tokens, np.diff(ends, prepend=0)
-
-
-def _cut_before_words(texts: list[str]) -> list[str]:
-    """Put CUT before the last of several white-space characters that stand before a word."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    return pc.replace_substring_regex(
-        pa.array(texts, pa.large_string()),
-        pattern=f"([{WHITE_SPACE}])([{WHITE_SPACE}][^{WHITE_SPACE}])",
-        replacement=rf"\1{CUT}\2",
-    ).to_pylist()
+        encoding, allowed = self.encoding, set()
+        if self.marking is not encoding and not any(MARK in text for text in texts):
+            encoding, allowed = self.marking, {MARK}
+            texts = pc.replace_substring_regex(
+                pa.array(texts, pa.large_string()),
+                pattern=f"([{SPACE}])([{SPACE}][^{SPACE}])",
+                replacement=rf"\1{MARK}\2",
+            ).to_pylist()
+        end = np.array([self.encoding.eot_token], np.uint32)
+        how = {"allowed_special": allowed, "disallowed_special": ()}
+        parts = (encoding.encode_to_numpy(text, **how) for text in texts)
+        tokens = np.concatenate([end[:0], *chain.from_iterable((part, end) for part in parts)])
+        tokens = tokens[tokens != self.encoding.n_vocab].astype(self.dtype)
+        ends = np.flatnonzero(tokens == self.encoding.eot_token) + 1
+        return tokens, np.diff(ends, prepend=0).tolist()

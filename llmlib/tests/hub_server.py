@@ -47,10 +47,8 @@ class Hub:
         return [p.split("/resolve/")[1].split("/", 1)[1] for p in paths if "/data/" in p]
 
     def find(self, repo: str, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
-        commits = self.commits.get(repo)
-        if not commits:
-            return None
-        sha = list(commits)[-1] if revision in (None, "main") else revision
+        commits = self.commits.get(repo, {})
+        sha = [*commits, None][-2] if commits and revision in (None, "main") else revision
         return (sha, commits[sha]) if sha in commits else None
 
 
@@ -71,11 +69,6 @@ def serve() -> Iterator[Hub]:
         thread.join()
 
 
-def _entry(path: str, data: bytes) -> dict:
-    oid = hashlib.sha1(data).hexdigest()
-    return {"type": "file", "path": path, "size": len(data), "oid": oid}
-
-
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -89,85 +82,73 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
         is_json = "json" in self.headers.get("Content-Type", "")
-        asked = json.loads(body) if is_json else parse_qs(body)
-        self._answer(asked.get("paths", []))
+        self.do_GET((json.loads(body) if is_json else parse_qs(body)).get("paths", []))
 
-    def do_GET(self) -> None:
-        self._answer([])
-
-    def _answer(self, asked_paths: list[str]) -> None:
+    def do_GET(self, asked: list[str] | None = None) -> None:
         path = unquote(urlsplit(self.path).path)
         self.hub.log.append((self.command, path, self.headers.get("Range")))
         if match := RESOLVE.fullmatch(path):
             return self._file(*match.groups())
         match = API.fullmatch(path)
-        found = match and self.hub.find(match[1], match[3])
-        if not found:
-            return self._missing("RepoNotFound" if not match else "RevisionNotFound")
-        (sha, files), kind = found, match[2]
+        if not (found := match and self.hub.find(match[1], match[3])):
+            return self._answer(
+                404, {"X-Error-Code": "RevisionNotFound" if match else "RepoNotFound"}
+            )
+        (sha, files), kind, folder = found, match[2], f"{match[4]}/" if match[4] else ""
         if kind == "paths-info":
-            return self._json([_entry(p, files[p]) for p in asked_paths if p in files])
+            return self._json([_entry(p, files[p]) for p in asked or [] if p in files])
         if kind == "tree":
-            folder = f"{match[4]}/" if match[4] else ""
-            inside = {p: d for p, d in files.items() if p.startswith(folder)}
-            if not inside:
-                return self._missing("EntryNotFound")
-            names = [p[len(folder) :].split("/")[0] for p in inside if "/" in p[len(folder) :]]
-            folders = [
-                {"type": "directory", "path": folder + name, "oid": "0" * 40, "size": 0}
-                for name in sorted(set(names))
-            ]
-            is_recursive = "recursive=true" in self.path.lower()
-            listed = [p for p in inside if is_recursive or "/" not in p[len(folder) :]]
-            return self._json(folders + [_entry(p, inside[p]) for p in sorted(listed)])
+            return self._tree(folder, {p: d for p, d in files.items() if p.startswith(folder)})
         siblings = [{"rfilename": p} for p in files]
-        return self._json({"id": match[1], "sha": sha, "siblings": siblings, "tags": []})
+        self._json({"id": match[1], "sha": sha, "siblings": siblings, "tags": []})
+
+    def _tree(self, folder: str, files: dict[str, bytes]) -> None:
+        """List what lies in a folder: files, and folders one level down."""
+        if not files:
+            return self._answer(404, {"X-Error-Code": "EntryNotFound"})
+        below = {p[len(folder) :].split("/")[0] for p in files if "/" in p[len(folder) :]}
+        folders = [{"type": "directory", "path": folder + name, "oid": "0"} for name in below]
+        is_deep = "recursive=true" in self.path.lower()
+        listed = [p for p in files if is_deep or "/" not in p[len(folder) :]]
+        self._json(folders + [_entry(p, files[p]) for p in listed])
 
     def _json(self, value: object) -> None:
-        body = json.dumps(value).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        self._answer(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
 
-    def _missing(self, code: str) -> None:
-        self.send_response(404)
-        self.send_header("X-Error-Code", code)
-        self.send_header("X-Error-Message", f"{code}: {self.path}")
-        self.send_header("Content-Length", "0")
+    def _answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
         self.end_headers()
+        self.wfile.write(body if self.command != "HEAD" else b"")
 
     def _file(self, repo: str, revision: str, path: str) -> None:
         found = self.hub.find(repo, revision)
         if not found or path not in found[1]:
-            return self._missing("EntryNotFound" if found else "RevisionNotFound")
-        sha, data = found[0], found[1][path]
-        size = len(data)
-        is_head = self.command == "HEAD"
-        data = data if is_head else data[: self.hub.cut_to.get(path, size)]
-        start, stop = 0, len(data)
-        if wanted := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
-            start, stop = int(wanted[1]), min(int(wanted[2] or stop) + 1, len(data))
-            self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(data)}")
-        else:
-            self.send_response(200)
-        self.send_header("X-Repo-Commit", sha)
-        self.send_header("ETag", f'"{hashlib.sha256(found[1][path]).hexdigest()}"')
-        self.send_header("X-Linked-Size", str(size))
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(stop - start))
-        self.end_headers()
-        if is_head:
-            return
-        if (limit := self.hub.drop_after.pop(path, None)) is not None:
-            self.wfile.write(data[start : start + limit])
+            code = "EntryNotFound" if found else "RevisionNotFound"
+            return self._answer(404, {"X-Error-Code": code})
+        sha, whole = found[0], found[1][path]
+        data = whole if self.command == "HEAD" else whole[: self.hub.cut_to.get(path, len(whole))]
+        headers = {"X-Repo-Commit": sha, "X-Linked-Size": str(len(whole)), "Accept-Ranges": "bytes"}
+        headers["ETag"] = f'"{hashlib.sha256(whole).hexdigest()}"'
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        if wanted:
+            start, stop = int(wanted[1]), min(int(wanted[2] or len(data)) + 1, len(data))
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
+            data = data[start:stop]
+        headers["Content-Length"] = str(len(data))
+        is_dropped = self.command == "GET" and path in self.hub.drop_after
+        sent = data[: self.hub.drop_after.pop(path)] if is_dropped else data
+        self._answer(206 if wanted else 200, headers, sent)
+        if is_dropped:
             self.wfile.flush()
             self.close_connection = True
             self.connection.close()
-            return
-        self.wfile.write(data[start:stop])
+
+
+def _entry(path: str, data: bytes) -> dict:
+    oid = hashlib.sha1(data).hexdigest()
+    return {"type": "file", "path": path, "size": len(data), "oid": oid}
 
 
 def parquet(
@@ -175,15 +156,13 @@ def parquet(
 ) -> bytes:
     """Make a parquet file in SlimPajama's layout; bytes among the texts need not be UTF-8."""
     raw = [t.encode() if isinstance(t, str) else t for t in texts]
-    table = pa.table(
-        {
-            "text": pa.array(raw, pa.binary()).view(pa.string()),
-            "meta": [{"redpajama_set_name": domain}] * len(texts),
-            "__index_level_0__": range(len(texts)),
-        }
-    )
+    columns = {
+        "text": pa.array(raw, pa.binary()).view(pa.string()),
+        "meta": [{"redpajama_set_name": domain}] * len(texts),
+        "__index_level_0__": range(len(texts)),
+    }
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=row_group_size)
+    pq.write_table(pa.table(columns), buffer, row_group_size=row_group_size)
     return buffer.getvalue()
 
 
@@ -197,12 +176,17 @@ def texts(n: int, seed: int) -> list[str]:
     ]
 
 
-def write_corpus(folder: Path, n_shards: int, n_documents: int) -> Path:
-    """Write a folder in the hub's layout with official splits, and return it."""
-    for path, data in layout(n_shards, n_documents).items():
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    """Write files by path below a folder, and return it."""
+    for path, data in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(data)
     return folder
+
+
+def write_corpus(folder: Path, n_shards: int, n_documents: int) -> Path:
+    """Write a folder in the hub's layout with official splits, and return it."""
+    return write(folder, layout(n_shards, n_documents))
 
 
 def layout(n_shards: int, n_documents: int) -> dict[str, bytes]:
@@ -216,10 +200,10 @@ def layout(n_shards: int, n_documents: int) -> dict[str, bytes]:
     for seed, split in ((100, "validation"), (200, "test")):
         files[f"data/{split}-00000-of-00001-0123456789abcdef.parquet"] = parquet(texts(20, seed))
     counts = {"train": n_shards * n_documents, "validation": 20, "test": 20}
-    lines = [f"  - name: {s}\n    num_bytes: 1\n    num_examples: {n}" for s, n in counts.items()]
-    features = "dataset_info:\n  features:\n  - name: text\n    dtype: string\n  - name: meta\n"
-    features += "    struct:\n    - name: redpajama_set_name\n      dtype: string\n"
-    features += "  - name: __index_level_0__\n    dtype: int64\n  splits:\n"
-    sizes = "\n  download_size: 1\n  dataset_size: 1\n"
-    files["README.md"] = ("---\n" + features + "\n".join(lines) + sizes + "---\n").encode()
+    splits = [{"name": s, "num_bytes": 1, "num_examples": n} for s, n in counts.items()]
+    meta = {"name": "meta", "struct": [{"name": "redpajama_set_name", "dtype": "string"}]}
+    columns = [{"name": "text", "dtype": "string"}, meta]
+    columns += [{"name": "__index_level_0__", "dtype": "int64"}]
+    info = {"features": columns, "splits": splits, "download_size": 1, "dataset_size": 1}
+    files["README.md"] = f"---\n{json.dumps({'dataset_info': info})}\n---\n".encode()
     return files

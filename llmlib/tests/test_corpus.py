@@ -8,15 +8,16 @@ import sys
 from pathlib import Path
 from random import Random
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from llmlib import corpus
 from llmlib.config import DataConfig
-from llmlib.corpus import count_documents, open_corpus, read_documents
+from llmlib.corpus import Document, count_documents, open_corpus, read_documents
 from llmlib.tests.hub_server import parquet, texts, write_corpus
 
 
-def _read(path: Path | str) -> list[corpus.Document]:
+def _read(path: Path | str) -> list[Document]:
     shards = open_corpus(DataConfig(corpus=str(path))).train
     return [document for shard in shards for document in read_documents(shard)]
 
@@ -31,9 +32,8 @@ def test_folder_in_the_hubs_layout_reads_as_datasets_reads_it(tmp_path: Path) ->
     for split, shards in {"train": opened.train, **opened.official}.items():
         documents = [document for shard in shards for document in read_documents(shard)]
         assert [d.text for d in documents] == list(expected[split]["text"])
-        assert [d.domain for d in documents] == [
-            meta["redpajama_set_name"] for meta in expected[split]["meta"]
-        ]
+        domains = [meta["redpajama_set_name"] for meta in expected[split]["meta"]]
+        assert [d.domain for d in documents] == domains
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "PARQUET"])
@@ -47,13 +47,14 @@ def test_single_file_is_a_corpus(tmp_path: Path, suffix: str) -> None:
     assert count_documents(open_corpus(DataConfig(corpus=str(path)))) == 100
 
 
-def test_lone_text_file_is_cut_at_blank_lines_without_loss(tmp_path: Path) -> None:
-    text = "\n\n".join(texts(300, seed=0))
-    (tmp_path / "book.txt").write_text(text)
-    pieces = [document.text for document in _read(tmp_path / "book.txt")]
-    assert "".join(pieces) == text
-    assert all(piece.endswith("\n\n") for piece in pieces[:-1])
-    assert min(len(p.encode()) for p in pieces[:-1]) >= corpus.PIECE_BYTES
+@pytest.mark.parametrize("blank", ["\n\n", "\r\n\r\n"])
+def test_lone_text_file_is_cut_at_blank_lines_without_loss(tmp_path: Path, blank: str) -> None:
+    text = blank.join(texts(300, seed=0)).encode()
+    (tmp_path / "book.txt").write_bytes(text)
+    pieces = [document.raw for document in _read(tmp_path / "book.txt")]
+    assert b"".join(pieces) == text
+    assert len(pieces) > 3 and all(piece.endswith(b"\n") for piece in pieces[:-1])
+    assert all(10_000 <= len(piece) < 12_000 for piece in pieces[:-1])
 
 
 def test_text_files_of_a_folder_are_documents_with_their_folder_as_domain(tmp_path: Path) -> None:
@@ -71,17 +72,11 @@ def test_standard_library_is_python_sources_without_tests() -> None:
     assert all(path.endswith(".py") and "/tests/" not in path for path in paths)
 
 
-def test_missing_path_is_named() -> None:
-    with pytest.raises(ValueError, match=r"corpus='no/such/folder' does not exist; give a file"):
+def test_corpus_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"corpus='no/such/folder' could not be opened"):
         open_corpus(DataConfig(corpus="no/such/folder"))
-
-
-def test_folder_without_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no text"):
+    with pytest.raises(ValueError, match="could not be opened"):  # a folder without files
         open_corpus(DataConfig(corpus=str(tmp_path)))
-
-
-def test_corpus_without_a_train_split_lists_its_splits(tmp_path: Path) -> None:
     (tmp_path / "validation-00000.parquet").write_bytes(parquet(texts(5, seed=0)))
     with pytest.raises(ValueError, match=r"no train split; its splits: validation\."):
         open_corpus(DataConfig(corpus=str(tmp_path)))
@@ -89,15 +84,12 @@ def test_corpus_without_a_train_split_lists_its_splits(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_corpus_without_a_text_column_lists_its_columns(tmp_path: Path, suffix: str) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = tmp_path / f"my.{suffix}"
     if suffix == "parquet":
         pq.write_table(pa.table({"content": ["a"], "id": [1]}), path)
     else:
         path.write_text('{"content": "a", "id": 1}\n')
-    with pytest.raises(ValueError, match=r"no 'text' column \(it has content, id\); rename"):
+    with pytest.raises(ValueError, match=r"no 'text' column \(it has content, id\)"):
         _read(path)
 
 
@@ -118,20 +110,17 @@ def test_null_and_empty_documents_are_told_apart(tmp_path: Path) -> None:
     assert [document.raw for document in _read(tmp_path / "my.parquet")] == [b"a", None, b"", b"b"]
 
 
-@pytest.mark.parametrize("damage", ["cut short", "overwritten"])
-def test_corrupt_parquet_file_is_named(tmp_path: Path, damage: str) -> None:
-    data = parquet(texts(500, seed=0))
-    cut, overwritten = data[: len(data) // 2], data[:100] + bytes(900) + data[1000:]
-    data = cut if damage == "cut short" else overwritten
-    (tmp_path / "bad.parquet").write_bytes(data)
-    with pytest.raises(ValueError, match=r"shard train-00000 \(.*bad\.parquet\) could not be read"):
-        _read(tmp_path / "bad.parquet")
-
-
-def test_json_that_is_not_json_is_named(tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    with pytest.raises(ValueError, match=r"shard train-00000 \(.*bad\.jsonl\) could not be read"):
-        _read(tmp_path / "bad.jsonl")
+@pytest.mark.parametrize("damage", ["cut short", "overwritten", "not json"])
+def test_corrupt_file_is_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / ("bad.jsonl" if damage == "not json" else "bad.parquet")
+    data = b'{"text": "a"}\n{"text": \n' if damage == "not json" else parquet(texts(500, seed=0))
+    if damage == "cut short":
+        data = data[: len(data) // 2]
+    elif damage == "overwritten":
+        data = data[:100] + bytes(900) + data[1000:]
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"shard train-00000 \(.*bad\..*\) could not be read"):
+        _read(path)
 
 
 READ_ALL = """

@@ -4,33 +4,32 @@ from __future__ import annotations
 
 import os
 import threading
-from itertools import islice, pairwise
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 
 from llmlib import data, prepare, runs
 from llmlib.config import DataConfig
-from llmlib.data import Batches, Tokens
+from llmlib.data import Batches, TokenFiles
 from llmlib.tests.hub_server import write_corpus
 from llmlib.tokenizer import load_tokenizer
 
 END = 9  # the end-of-text token of the streams below
 
 
-def _tokens(folder: Path, *streams: np.ndarray) -> Tokens:
+def _tokens(folder: Path, *streams: np.ndarray) -> TokenFiles:
     """Write streams as token files."""
     for i, stream in enumerate(streams):
         stream.astype("<u2").tofile(folder / f"{i}.bin")
     names = tuple(f"{i}.bin" for i in range(len(streams)))
-    return Tokens(folder, names, tuple(map(len, streams)), "<u2")
+    return TokenFiles(folder, names, tuple(map(len, streams)), "<u2")
 
 
 @pytest.fixture
-def counting(tmp_path: Path) -> Tokens:
+def counting(tmp_path: Path) -> TokenFiles:
     """Three files of consecutive numbers, so that a token says where it stands."""
     return _tokens(tmp_path, np.arange(0, 1000), np.arange(1000, 1037), np.arange(2000, 5000))
 
@@ -46,13 +45,13 @@ def pajama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---------------------------------------------------------------------- batches
 
 
-def test_targets_are_inputs_one_to_the_right(counting: Tokens) -> None:
+def test_targets_are_inputs_one_to_the_right(counting: TokenFiles) -> None:
     inputs, targets = Batches(counting, 32, 4).batch(0)
     assert inputs.shape == targets.shape == (4, 32) and inputs.dtype == torch.int64
     assert torch.equal(inputs + 1, targets)
 
 
-def test_epoch_uses_every_window_once_and_the_next_in_another_order(counting: Tokens) -> None:
+def test_epoch_uses_every_window_once_and_the_next_in_another_order(counting: TokenFiles) -> None:
     batches = Batches(counting, 32, 1)
     n = batches.n_windows
     assert n == (1000 - 1) // 32 + (37 - 1) // 32 + (3000 - 1) // 32
@@ -62,7 +61,7 @@ def test_epoch_uses_every_window_once_and_the_next_in_another_order(counting: To
     assert first != second
 
 
-def test_batch_depends_on_seed_and_step_alone(counting: Tokens) -> None:
+def test_batch_depends_on_seed_and_step_alone(counting: TokenFiles) -> None:
     one, other = Batches(counting, 32, 5, seed=3), Batches(counting, 32, 5, seed=3)
     shuffled = [other.batch(step)[0] for step in (40, 7, 0, 100)]  # across epochs, out of order
     assert all(
@@ -73,7 +72,7 @@ def test_batch_depends_on_seed_and_step_alone(counting: Tokens) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 6])
-def test_ranks_share_a_step_without_overlap(counting: Tokens, world_size: int) -> None:
+def test_ranks_share_a_step_without_overlap(counting: TokenFiles, world_size: int) -> None:
     batches = Batches(counting, 32, 6)
     parts = [batches.batch(11, rank=r, world_size=world_size)[0] for r in range(world_size)]
     assert torch.equal(torch.cat(parts), batches.batch(11)[0])
@@ -82,32 +81,6 @@ def test_ranks_share_a_step_without_overlap(counting: Tokens, world_size: int) -
 def test_too_few_tokens_for_a_window_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="32 tokens are too few for one window of 33"):
         Batches(_tokens(tmp_path, np.arange(32)), 32, 1)
-
-
-def test_aligned_windows_cover_every_token_and_start_at_documents_or_go_on(
-    tmp_path: Path,
-) -> None:
-    random = np.random.default_rng(0)
-    lengths = random.integers(1, 100, 60)
-    stream = random.integers(0, END, lengths.sum())
-    stream[np.cumsum(lengths) - 1] = END
-    batches = Batches(
-        _tokens(tmp_path, stream, stream[::-1]), 32, 1, align_documents=True, end_of_text=END
-    )
-    for file, tokens in enumerate((stream, stream[::-1])):
-        first, last = batches.first_of_file[file : file + 2]
-        starts = batches.starts[first:last].tolist()
-        documents = {0, *(np.flatnonzero(tokens == END) + 1).tolist()}
-        assert starts[0] == 0
-        for before, start in pairwise(starts):
-            goes_on = start == before + 32
-            assert start in documents or goes_on
-            assert before < start <= before + 32  # no token is left out between two windows
-            if goes_on and start not in documents:  # nothing began in the window before
-                assert not documents & set(range(before + 1, start + 1))
-        assert len(tokens) - (starts[-1] + 33) < 33  # but for what is too short at the end
-    shown = {tuple(batches.batch(i)[0][0].tolist()) for i in range(batches.n_windows)}
-    assert tuple(stream[:32]) in shown and tuple(stream[::-1][:32]) in shown
 
 
 def _resident_kib() -> int:
@@ -119,7 +92,7 @@ def _resident_kib() -> int:
 def test_resident_memory_stays_flat_while_a_large_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "0.bin").touch()
     os.truncate(tmp_path / "0.bin", 200_000_000)
-    batches = Batches(Tokens(tmp_path, ("0.bin",), (100_000_000,), "<u2"), 1023, 256)
+    batches = Batches(TokenFiles(tmp_path, ("0.bin",), (100_000_000,), "<u2"), 1023, 256)
     batches.batch(0)
     before = _resident_kib()
     for step in range(1, batches.n_windows // 256):
@@ -127,7 +100,7 @@ def test_resident_memory_stays_flat_while_a_large_file_is_read(tmp_path: Path) -
     assert _resident_kib() - before < 30_000
 
 
-def test_prefetched_batches_are_those_read_directly(counting: Tokens) -> None:
+def test_prefetched_batches_are_those_read_directly(counting: TokenFiles) -> None:
     batches = Batches(counting, 32, 6)
     ahead = data.prefetch(batches, 5, torch.device("cpu"), rank=1, world_size=2)
     for step, (inputs, targets) in enumerate(islice(ahead, 30), start=5):
@@ -150,7 +123,7 @@ def test_error_while_prefetching_reaches_the_reader(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_prefetched_batches_arrive_whole_on_the_device(counting: Tokens) -> None:
+def test_prefetched_batches_arrive_whole_on_the_device(counting: TokenFiles) -> None:
     batches = Batches(counting, 32, 6)
     for step, (inputs, _) in enumerate(islice(data.prefetch(batches, 0, torch.device("cuda")), 50)):
         assert torch.equal(inputs.cpu(), batches.batch(step)[0])
@@ -159,49 +132,57 @@ def test_prefetched_batches_arrive_whole_on_the_device(counting: Tokens) -> None
 # ---------------------------------------------------------------------- held-out splits
 
 
+def _prepared(folder: Path, **streams: np.ndarray) -> Path:
+    """Write a folder of tokens with one file per split."""
+    for name, stream in streams.items():
+        np.asarray(stream).astype("<u2").tofile(folder / f"{name}.bin")
+    splits = {n: [{"file": f"{n}.bin", "n_tokens": len(s)}] for n, s in streams.items()}
+    manifest = {"splits": splits, "dtype": "<u2", "tokenizer": {"end_of_text": END}}
+    runs.write_json(folder / "manifest.json", manifest)
+    return folder
+
+
 def test_all_windows_of_a_heldout_split_follow_each_other(tmp_path: Path) -> None:
-    windows = data.eval_windows(_tokens(tmp_path, np.arange(50), np.arange(50, 111)), 10)
+    windows = data.eval_windows(_prepared(tmp_path, val=np.arange(111)), "val", 10)
     assert windows.tolist() == [list(range(s, s + 11)) for s in range(0, 110, 10)]
 
 
 def test_fewer_windows_are_spread_over_the_split(tmp_path: Path) -> None:
-    windows = data.eval_windows(_tokens(tmp_path, np.arange(1001)), 10, 5)
+    windows = data.eval_windows(_prepared(tmp_path, val=np.arange(1001)), "val", 10, 5)
     assert windows[:, 0].tolist() == [0, 250, 500, 740, 990]
 
 
 def test_heldout_split_without_a_window_is_refused(pajama: Path) -> None:
     with pytest.raises(ValueError, match=r"too few for one window of 1000001; bring more text"):
-        data.eval_windows(data.open_split(pajama, "val"), 1_000_000)
+        data.eval_windows(pajama, "val", 1_000_000)
 
 
-def test_domains_of_a_heldout_split_add_up_to_it(pajama: Path) -> None:
+def test_documents_of_a_heldout_split_add_up_to_it(pajama: Path) -> None:
     [shard] = data.load_manifest(pajama)["splits"]["val"]
+    found = list(data.documents(pajama, "val"))
     whole = data.open_split(pajama, "val").read(0)
-    end = load_tokenizer(pajama / "tokenizer.json").n_vocab - 1
-    documents = np.split(whole, np.flatnonzero(whole == end) + 1)[:-1]
+    assert np.array_equal(np.concatenate([tokens for _, tokens in found]), whole)
     # Documents begin with the number of their shard; odd ones are Book, even ones C4.
     text = load_tokenizer(pajama / "tokenizer.json").decode
-    for domain, parity in (("RedPajamaC4", 0), ("RedPajamaBook", 1)):
-        wanted = [d for d in documents if int(text(d.tolist())[0]) % 2 == parity]
-        found = data.read_domain(pajama, "val", domain)
-        assert 0 < len(found) == shard["domains"][domain]["tokens"]
-        assert np.array_equal(found, np.concatenate(wanted))
+    for (domain, n_bytes), tokens in found:
+        is_book = int(text(tokens.tolist())[0]) % 2
+        assert domain == ("RedPajamaBook" if is_book else "RedPajamaC4")
+        assert n_bytes == len(text(tokens[:-1].tolist()).encode())
+    with pytest.raises(ValueError, match="split='train' does not list its documents"):
+        list(data.documents(pajama, "train"))
+    assert sum(d["documents"] for d in shard["domains"].values()) == len(found)
 
 
 def test_domain_windows_are_windows_of_the_domain_alone(pajama: Path) -> None:
     windows = data.domain_windows(pajama, "val", 16)
     assert set(windows) == {"RedPajamaC4", "RedPajamaBook"}
     for domain, found in windows.items():
-        stream = data.read_domain(pajama, "val", domain)
+        parts = [t for (name, _), t in data.documents(pajama, "val") if name == domain]
+        stream = np.concatenate(parts)
         n = (len(stream) - 1) // 16
         assert np.array_equal(found[:, :-1].ravel(), stream[: n * 16])
         assert np.array_equal(found[:, 1:].ravel(), stream[1 : n * 16 + 1])
     assert data.domain_windows(pajama, "val", 10**6) == {}
-
-
-def test_domains_of_train_are_not_listed_by_document(pajama: Path) -> None:
-    with pytest.raises(ValueError, match="split='train' does not list its documents"):
-        data.read_domain(pajama, "train", "RedPajamaC4")
 
 
 def test_unknown_split_is_named_with_the_choices(pajama: Path) -> None:
@@ -214,23 +195,9 @@ def test_missing_manifest_says_what_to_run(tmp_path: Path) -> None:
         data.load_manifest(tmp_path)
 
 
-def test_document_lengths_are_those_of_the_first_file(pajama: Path) -> None:
-    [shard] = data.load_manifest(pajama)["splits"]["validation"]
-    expected = [document[3] for document in shard["documents"]]
-    assert data.document_lengths(pajama, "validation")["tokens"].tolist() == expected
-
-
 def test_documents_in_two_splits_are_counted(pajama: Path, tmp_path: Path) -> None:
-    names = ["split", "other", "n_shared"]
     assert data.shared_documents(pajama)["n_shared"].tolist() == [0] * 6
-    val, train = np.array([1, 2, END, 3, END]), np.array([3, END, 3, END, 2, END, 1, 2, 3, END])
-    files = {"train": train, "val": val, "test": np.array([3, END])}
-    for name, stream in files.items():
-        stream.astype("<u2").tofile(tmp_path / f"{name}.bin")
-    splits = {n: [{"file": f"{n}.bin", "n_tokens": len(s)}] for n, s in files.items()}
-    manifest = {"splits": splits, "dtype": "<u2", "tokenizer": {"end_of_text": END}}
-    runs.write_json(tmp_path / "manifest.json", manifest)
-    expected = [("val", "test", 1), ("train", "val", 2), ("train", "test", 2)]
-    pd.testing.assert_frame_equal(
-        data.shared_documents(tmp_path), pd.DataFrame(expected, columns=names)
-    )
+    val, train = [1, 2, END, 3, END], [3, END, 3, END, 2, END, 1, 2, 3, END]
+    found = data.shared_documents(_prepared(tmp_path, train=train, val=val, test=[3, END]))
+    expected = [("train", "val", 1), ("train", "test", 1), ("val", "test", 1)]
+    assert list(found.itertuples(index=False, name=None)) == expected

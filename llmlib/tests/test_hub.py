@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from llmlib import prepare, runs
-from llmlib.config import DataConfig, to_json
+from llmlib.config import DataConfig
 from llmlib.tests import hub_server
 
 SETTINGS = {"tokenizer": "bpe", "bpe_vocab_size": 300, "test_size": 0.02}
@@ -36,38 +36,27 @@ def hub() -> Iterator[hub_server.Hub]:
         yield server
 
 
-def _prepare(hub: hub_server.Hub, tmp_path: Path, **settings: object) -> str:
-    """Prepare a hub data set in a process of its own and return what it wrote to stderr."""
+def _prepare(hub: hub_server.Hub, tmp_path: Path, **settings: object) -> tuple[dict, str]:
+    """Prepare a hub data set in a process of its own; return the manifest's source and stderr."""
     environ = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
     environ |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_XET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", PREPARE, json.dumps(SETTINGS | settings), str(tmp_path / "tokens")],
-        env=environ,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [sys.executable, "-c", PREPARE, json.dumps(SETTINGS | settings)]
+    command += [str(tmp_path / "tokens")]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
     assert done.returncode == ("ValueError:" in done.stderr), done.stderr
-    return done.stderr
+    manifest = tmp_path / "tokens" / "manifest.json"
+    return runs.read_json(manifest)["source"] if manifest.exists() else {}, done.stderr
 
 
-def _assert_same_tokens(there: Path, here: Path) -> None:
-    """Compare all token files of two folders byte for byte, and what the manifests say of them."""
-    names = sorted(path.name for path in here.glob("*.bin"))
-    assert names == sorted(path.name for path in there.glob("*.bin"))
-    assert all((there / name).read_bytes() == (here / name).read_bytes() for name in names)
-    first, second = (runs.read_json(folder / "manifest.json") for folder in (there, here))
-    assert first | {"source": None} == second | {"source": None}
-
-
-def _local(files: dict[str, bytes], tmp_path: Path, **settings: object) -> Path:
-    """Prepare the same files from a folder."""
-    for path, data in files.items():
-        (tmp_path / "local" / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "local" / path).write_bytes(data)
-    config = DataConfig(corpus=str(tmp_path / "local"), **(SETTINGS | settings))
-    prepare.prepare(config, tmp_path / "expected")
-    return tmp_path / "expected"
+def _assert_same_as_local(tmp_path: Path, files: dict[str, bytes], **settings: object) -> None:
+    """Prepare the same files from a folder and compare all tokens byte for byte."""
+    local = hub_server.write(tmp_path / "local", files)
+    prepare.prepare(DataConfig(corpus=str(local), **(SETTINGS | settings)), tmp_path / "expected")
+    there, here = (
+        {path.name: path.read_bytes() for path in (tmp_path / folder).glob("*.bin")}
+        for folder in ("tokens", "expected")
+    )
+    assert there == here
 
 
 def test_pinned_revision_fetches_only_the_shards_it_needs_and_resumes_a_dropped_connection(
@@ -78,18 +67,12 @@ def test_pinned_revision_fetches_only_the_shards_it_needs_and_resumes_a_dropped_
     hub.commit("me/pajama", hub_server.layout(n_shards=1, n_documents=10))
     names = [path for path in files if "train" in path]
     hub.drop_after[names[1]] = 5000
-    _prepare(hub, tmp_path, corpus="me/pajama", revision=pinned, n_tokens=30_000)
-
-    manifest = runs.read_json(tmp_path / "tokens" / "manifest.json")
-    assert manifest["source"]["revision"] == pinned
+    source, _ = _prepare(hub, tmp_path, corpus="me/pajama", revision=pinned, n_tokens=30_000)
+    assert source["revision"] == pinned
     assert {p for p in hub.downloads() if "train" in p} == set(names[:2])
-    ranges = [wanted for method, path, wanted in hub.log if path.endswith(names[1]) and wanted]
+    ranges = [wanted for _, path, wanted in hub.log if path.endswith(names[1]) and wanted]
     assert ranges == ["bytes=5000-"]
-    expected = _local(files, tmp_path, n_tokens=30_000)
-    _assert_same_tokens(tmp_path / "tokens", expected)
-    assert manifest["source"]["config"] == to_json(
-        DataConfig(corpus="me/pajama", revision=pinned, n_tokens=30_000, **SETTINGS)
-    )
+    _assert_same_as_local(tmp_path, files, n_tokens=30_000)
 
 
 def test_shard_of_another_size_is_named_and_a_mended_server_completes(
@@ -99,42 +82,37 @@ def test_shard_of_another_size_is_named_and_a_mended_server_completes(
     newest = hub.commit("me/pajama", files)
     bad = next(path for path in files if "train-00001" in path)
     hub.cut_to[bad] = 3000
-    message = _prepare(hub, tmp_path, corpus="me/pajama", n_tokens=15_000)
+    _, message = _prepare(hub, tmp_path, corpus="me/pajama", n_tokens=15_000)
     assert "ValueError: shard train-00001 (hf://datasets/me/pajama" in message
     assert f"{bad}) could not be downloaded" in message
-    assert "finished shards are kept" in message
-    kept = tmp_path / "tokens" / "train-00000.bin"
-    was_written = kept.stat().st_mtime_ns
+    was_written = (tmp_path / "tokens" / "train-00000.bin").stat().st_mtime_ns
 
     hub.cut_to.clear()
     hub.log.clear()
     hub.commit("me/pajama", hub_server.layout(n_shards=1, n_documents=10))  # must not matter
-    _prepare(hub, tmp_path, corpus="me/pajama", n_tokens=15_000)
-    assert kept.stat().st_mtime_ns == was_written
+    source, _ = _prepare(hub, tmp_path, corpus="me/pajama", n_tokens=15_000)
+    assert source["revision"] == newest
+    assert (tmp_path / "tokens" / "train-00000.bin").stat().st_mtime_ns == was_written
     assert not any("train-00000" in path for path in hub.downloads())
-    manifest = runs.read_json(tmp_path / "tokens" / "manifest.json")
-    assert manifest["source"]["revision"] == newest
-    _assert_same_tokens(tmp_path / "tokens", _local(files, tmp_path, n_tokens=15_000))
+    _assert_same_as_local(tmp_path, files, n_tokens=15_000)
 
 
 def test_subset_of_a_data_set_is_counted_from_footers(hub: hub_server.Hub, tmp_path: Path) -> None:
-    readme = "---\nconfigs:\n" + "".join(
-        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: data/{name}/*\n"
-        for name in ("full", "sample-10BT")
-    )
-    files = {
-        f"data/{name}/{i:03d}_00000.parquet": hub_server.parquet(hub_server.texts(200, seed=i))
-        for name, shards in (("full", range(2)), ("sample-10BT", range(2, 4)))
-        for i in shards
+    sample = {
+        f"data/sample-10BT/{i:03d}_00000.parquet": hub_server.parquet(hub_server.texts(200, seed=i))
+        for i in range(2)
     }
-    hub.commit("me/fineweb", files | {"README.md": f"{readme}---\n".encode()})
-    _prepare(hub, tmp_path, corpus="me/fineweb", subset="sample-10BT")
-    manifest = runs.read_json(tmp_path / "tokens" / "manifest.json")
-    assert manifest["source"]["n_documents"] == 400
+    others = {f"data/full/{i:03d}_00000.parquet": hub_server.parquet(["a"]) for i in range(2)}
+    configs = [
+        {"config_name": n, "data_files": [{"split": "train", "path": f"data/{n}/*"}]}
+        for n in ("full", "sample-10BT")
+    ]
+    readme = f"---\n{json.dumps({'configs': configs})}\n---\n".encode()
+    hub.commit("me/fineweb", sample | others | {"README.md": readme})
+    source, _ = _prepare(hub, tmp_path, corpus="me/fineweb", subset="sample-10BT")
+    assert source["n_documents"] == 400
     assert not any("data/full" in path for path in hub.downloads())
-    sample = {path.replace("data/sample-10BT", "data"): d for path, d in files.items()}
-    sample = {path: d for path, d in sample.items() if "full" not in path}
-    _assert_same_tokens(tmp_path / "tokens", _local(sample, tmp_path))
+    _assert_same_as_local(tmp_path, sample)
 
 
 def test_rows_of_a_csv_data_set_are_documents(hub: hub_server.Hub, tmp_path: Path) -> None:
@@ -142,11 +120,9 @@ def test_rows_of_a_csv_data_set_are_documents(hub: hub_server.Hub, tmp_path: Pat
     csv = "id,text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(rows))
     hub.commit("me/csv", {"data/train.csv": csv.encode()})
     _prepare(hub, tmp_path, corpus="me/csv")
-    same = {"train.parquet": hub_server.parquet(rows, domain="all")}
-    _assert_same_tokens(tmp_path / "tokens", _local(same, tmp_path))
+    _assert_same_as_local(tmp_path, {"train.parquet": hub_server.parquet(rows)})
 
 
 def test_unknown_data_set_is_named(hub: hub_server.Hub, tmp_path: Path) -> None:
-    message = _prepare(hub, tmp_path, corpus="me/nothing")
-    assert "ValueError: corpus='me/nothing'" in message
-    assert "could not be opened" in message
+    _, message = _prepare(hub, tmp_path, corpus="me/nothing")
+    assert "ValueError: corpus='me/nothing' could not be opened" in message
