@@ -7,7 +7,6 @@ one whose hashes agree is used. Saving copies the tensors and writes them in the
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from llmlib import runs
 
+N_KEEP = 2  # newest ones
 Tensors = dict[str, torch.Tensor]
 
 
@@ -88,7 +88,7 @@ def all_checkpoints(folder: Path) -> list[Path]:
 
 
 def write(folder: Path, weights: Tensors, optimizer: Tensors, state: dict[str, Any]) -> Path:
-    """Write one checkpoint under a temporary name, sync it, rename it."""
+    """Write one checkpoint under a temporary name, sync it, rename it, and drop older ones."""
     final = folder / f"{state['step']:08d}"
     temporary = folder / f".{final.name}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -99,16 +99,15 @@ def write(folder: Path, weights: Tensors, optimizer: Tensors, state: dict[str, A
             sync(temporary / f"{name}.safetensors")
         record = {"state": state, "sha256": _hashes(temporary, state)}
         runs.write_json(temporary / "state.json", record)
-        sync(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    replaced = folder / f".{final.name}.old.tmp"
-    shutil.rmtree(replaced, ignore_errors=True)
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(final, replaced)  # the same step, saved before; pruned
+    if final.exists():  # the same step, saved before
+        os.replace(final, folder / f".{final.name}.old.tmp")
     os.replace(temporary, final)
     sync(folder)
+    for path in [*folder.glob(".*.tmp"), *all_checkpoints(folder)[:-N_KEEP]]:
+        shutil.rmtree(path, ignore_errors=True)
     return final
 
 
@@ -120,30 +119,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def prune(folder: Path, n_keep: int) -> None:
-    """Keep the newest ``n_keep`` checkpoints and the one with the lowest validation loss.
-
-    What a crash left half-written goes too.
-    """
-    paths = all_checkpoints(folder)
-    losses = {p: loss for p in paths if (loss := _val_loss(p)) is not None}
-    kept = {*paths[-n_keep:], *([min(losses, key=losses.get)] if losses else [])}
-    for path in [*folder.glob(".*.tmp"), *(p for p in paths if p not in kept)]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _val_loss(path: Path) -> float | None:
-    try:
-        return runs.read_json(path / "state.json")["state"]["val_loss"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # damaged
-
-
 class Saver:
     """Write checkpoints in the background, one at a time."""
 
-    def __init__(self, folder: Path, n_keep: int):
-        self.folder, self.n_keep = folder, n_keep
+    def __init__(self, folder: Path):
+        self.folder = folder
         self.pool = ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
@@ -152,11 +132,7 @@ class Saver:
     ) -> None:
         """Copy what is to be saved and return; the copy is written while training goes on."""
         self.wait()  # memory for one copy is enough
-        self.pending = self.pool.submit(self._write, *snapshot(model, optimizer), state)
-
-    def _write(self, weights: Tensors, optimizer: Tensors, state: dict[str, Any]) -> None:
-        write(self.folder, weights, optimizer, state)
-        prune(self.folder, self.n_keep)
+        self.pending = self.pool.submit(write, self.folder, *snapshot(model, optimizer), state)
 
     def wait(self) -> None:
         """Wait for the background write, if there is one."""

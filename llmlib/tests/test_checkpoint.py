@@ -26,11 +26,11 @@ def train_a_little(seed=0):
     return model, optimizer
 
 
-def save(folder, *steps, n_keep=10, **state):
+def save(folder, *steps, **state):
     model, optimizer = train_a_little()
-    saver = Saver(folder, n_keep)
+    saver = Saver(folder)
     for step in steps:
-        saver.save(model, optimizer, {"step": step, "val_loss": None} | state)
+        saver.save(model, optimizer, {"step": step} | state)
     saver.wait()
     assert saver.take_failure() is None
     return model, optimizer
@@ -47,7 +47,7 @@ def test_restoring_brings_back_weights_optimizer_and_random_numbers(tmp_path):
     other = build_model(CONFIG, seed=9)
     its_optimizer = build_optimizer(other, TrainConfig())
     state = restore(other, its_optimizer, newest_valid(tmp_path))
-    assert state == {"step": 3, "val_loss": None, "seconds": {"training": 0.1 + 0.2}}
+    assert state == {"step": 3, "seconds": {"training": 0.1 + 0.2}}
     assert torch.equal(torch.rand(4), expected)
     for name, value in model.state_dict().items():
         assert torch.equal(value, other.state_dict()[name])
@@ -106,7 +106,7 @@ def test_damaged_checkpoint_is_skipped_with_a_warning(tmp_path, damage):
 def test_damage_does_not_stop_later_saving(tmp_path):
     save(tmp_path, 1, 2)
     (tmp_path / "00000001" / "state.json").unlink()
-    save(tmp_path, 3, n_keep=2)
+    save(tmp_path, 3)
     assert names(tmp_path) == [2, 3]
 
 
@@ -119,10 +119,10 @@ def test_steps_are_ordered_as_numbers(tmp_path):
     assert newest_valid(tmp_path).name == "100000000"
 
 
-def test_last_ones_and_the_best_are_kept(tmp_path):
-    for step, val_loss in ((1, 3.0), (2, 2.0), (3, 2.5), (4, None), (5, None)):
-        save(tmp_path, step, n_keep=2, val_loss=val_loss)
-    assert names(tmp_path) == [2, 4, 5]
+def test_the_newest_two_are_kept(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        save(tmp_path, step)
+    assert names(tmp_path) == [4, 5]
 
 
 @pytest.mark.parametrize("call", ["save_file", "sync", "_hashes", "os.replace"])
@@ -137,7 +137,7 @@ def test_write_that_dies_leaves_the_old_checkpoint_in_use(tmp_path, monkeypatch,
     tensors = checkpoint.snapshot(model, optimizer)
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(f"llmlib.checkpoint.{call}", die)
-        checkpoint.write(tmp_path, *tensors, {"step": 2, "val_loss": None})
+        checkpoint.write(tmp_path, *tensors, {"step": 2})
     assert newest_valid(tmp_path).name == "00000001"
     save(tmp_path, 2)
     assert newest_valid(tmp_path).name == "00000002"
@@ -155,18 +155,18 @@ def test_failed_write_is_reported_once_and_the_next_one_works(tmp_path):
     """The operating system refuses to write more, as on a full disk."""
     save(tmp_path, 1)
     model, optimizer = train_a_little()
-    saver = Saver(tmp_path, 2)
+    saver = Saver(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
     try:
-        saver.save(model, optimizer, {"step": 2, "val_loss": None})
+        saver.save(model, optimizer, {"step": 2})
         saver.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "File too large" in str(saver.take_failure())
     assert saver.take_failure() is None
     assert names(tmp_path) == [1] and not list(tmp_path.glob(".*"))
-    saver.save(model, optimizer, {"step": 3, "val_loss": None})
+    saver.save(model, optimizer, {"step": 3})
     saver.wait()
     assert saver.take_failure() is None
     assert newest_valid(tmp_path).name == "00000003"

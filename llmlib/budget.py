@@ -1,26 +1,21 @@
 """One clock: what the budget was spent on, how far the run is, and whether another step fits.
 
 The clock is strict. Everything from the first step to the last counts: compilation, validation,
-checkpoints, and work that a crash threw away. Data preparation, starting the process and the final
-evaluation do not. Time between a crash and the restart does not count.
+checkpoints, and work that a crash threw away. Preparing data, starting the process and the final
+evaluation do not, nor does the time between a crash and the restart.
 """
 
 from __future__ import annotations
 
-import contextlib
-import threading
 from collections import deque
-from collections.abc import Iterator
-from pathlib import Path
 from time import monotonic
 
-import numpy as np
-
-from llmlib import runs
 from llmlib.config import TrainConfig
 
 KINDS = ("training", "compile", "validation", "checkpoint", "lost")
-HEARTBEAT_SECONDS = 1.0  # at most so much spent time escapes the ledger in a crash
+N_RECENT = 50  # steps that the estimate of the next one rests on
+N_FOR_SPREAD = 20  # steps before their spread is believed: few follow the outlier
+ALMOST = 1 - 1e-6  # the most that a step before the last can be
 
 
 class Ledger:
@@ -52,43 +47,6 @@ class Ledger:
         """Seconds spent up to this moment, booked or not."""
         return self._before + monotonic() - self._first
 
-    def so_far(self) -> dict[str, float]:
-        """What the books would say if the run died now: unfinished work is lost."""
-        seconds = dict(self.seconds)
-        seconds["lost"] += self.total - sum(seconds.values())
-        return seconds
-
-
-@contextlib.contextmanager
-def heartbeat(ledger: Ledger, path: Path) -> Iterator[None]:
-    """Note the ledger every second, so that a crash cannot hide time that was spent."""
-    is_over = threading.Event()
-
-    def note() -> None:
-        with contextlib.suppress(OSError):  # a full disk
-            runs.write_json(path, ledger.so_far())
-
-    def beat() -> None:
-        while not is_over.wait(HEARTBEAT_SECONDS):
-            note()
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        is_over.set()
-        thread.join()
-        note()
-
-
-def last_heartbeat(path: Path) -> dict[str, float]:
-    """Read what a run had spent when it ended, however it ended; empty if it never began."""
-    try:
-        return runs.read_json(path)
-    except (OSError, ValueError):
-        return {}
-
 
 class Budget:
     """A budget of seconds, tokens or steps, behind one question: is there a next step?"""
@@ -103,7 +61,7 @@ class Budget:
                     f"budget_tokens={config.budget_tokens} is less than one step of "
                     f"{tokens_per_step} tokens; raise it or lower micro_batch or grad_accum."
                 )
-        self._recent: deque[float] = deque(maxlen=20)
+        self._recent: deque[float] = deque(maxlen=N_RECENT)
 
     def observe(self, step_seconds: float) -> None:
         """Learn from a step (without compilation) how long the next may take."""
@@ -113,42 +71,51 @@ class Budget:
     def step_seconds(self) -> float:
         """What the next step will hardly exceed [s], 0 while nothing is known.
 
-        The median of recent steps and three times the way from there to their 90th percentile:
-        just the step time if it is steady, more if it varies, and unmoved by a lone slow step.
+        The median of few steps, unmoved by a lone slow one; of many, nine in ten stay below it.
         """
-        if not self._recent:
-            return 0.0
-        median, high = np.quantile(self._recent, [0.5, 0.9])
-        return float(median + 3 * (high - median))
+        recent = sorted(self._recent) or [0.0]
+        share = 0.5 if len(recent) < N_FOR_SPREAD else 0.9
+        return min(recent[int(share * len(recent))], 2 * recent[len(recent) // 2])
 
-    def fits(self, ledger: Ledger, seconds: float) -> bool:
-        """Say whether other work of this length still leaves room for one more step."""
-        return self.seconds is None or ledger.total + seconds + self.step_seconds <= self.seconds
+    @property
+    def slow_seconds(self) -> float:
+        """What a step before the last may take [s]: the slowest recent one, up to three medians."""
+        return min(max(self._recent, default=0.0), 3 * self.step_seconds)
+
+    def fits(self, ledger: Ledger, seconds: float, n_under_way: int = 0) -> bool:
+        """Say whether other work of this length still leaves room for one more step.
+
+        Steps under way have been launched on the device and are not over yet.
+        """
+        ahead = seconds + (n_under_way + 1) * self.step_seconds
+        return self.seconds is None or ledger.total + ahead <= self.seconds
 
     def seconds_left(self, step: int, ledger: Ledger) -> float:
         """Estimate the time until the last step ends [s]."""
         if self.n_steps is not None:
-            return (self.n_steps - step) * float(np.median(self._recent or [0.0]))
+            return (self.n_steps - step) * self.step_seconds
         return max(0.0, self.seconds - ledger.total)
 
-    def next_progress(self, step: int, ledger: Ledger, n_in_flight: int = 0) -> float | None:
+    def next_progress(
+        self, step: int, ledger: Ledger, *, before: float = 0.0, n_under_way: int = 0
+    ) -> float | None:
         """Return the progress of the next step, or None when the budget has no room for it.
 
-        Steps in flight have been asked of the device and are not over yet.
-
         It is 0 on the first step and 1 on the last, so the schedule ends where promised: a step is
-        the last if no other may fit behind it (should one fit after all, it is another last one).
-        Compilation is spent but is no progress: it would eat the warm-up of a short run.
+        the last if a slow one would leave no room behind it. ``before`` is the progress of the step
+        before: without a last step there is always one more. Compilation is spent but is no
+        progress: it would swallow the warm-up of a short run.
         """
         if self.n_steps is not None:
             if step >= self.n_steps:
                 return None
             return 1.0 if step == self.n_steps - 1 else step / (self.n_steps - 1)
         one, compiling = self.step_seconds, ledger.seconds["compile"]
-        spent = ledger.total + n_in_flight * one
+        spent = ledger.total + n_under_way * one
         left = self.seconds - spent
         if left < one or left <= 0:
-            return None
-        if left < 2 * one:
+            return None if before == 1.0 or step == 1 else 1.0
+        if left < one + self.slow_seconds or before == 1.0:
             return 1.0
-        return min((spent - compiling) / (self.seconds - compiling - one), 1.0)
+        progress = (spent - compiling) / max(self.seconds - compiling - one, one)
+        return min(max(progress, 0.0), ALMOST) if step else 0.0
