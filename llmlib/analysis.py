@@ -1,27 +1,35 @@
-"""Loss curves to comparisons: finding runs, smoothing, tables. No torch."""
+"""Loss curves to comparisons: finding runs, smoothing, intervals, tables. No torch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
+from scipy import stats
 
 from llmlib import runs
 from llmlib.config import ModelConfig
 from llmlib.sizing import flops_per_token
 
-CURVE_COLUMNS = ["kind", "step", "tokens", "seconds", "flops", "loss", "val_loss"]
+AXES = ["tokens", "seconds", "flops"]
+CURVE_COLUMNS = ["kind", "step", *AXES, "loss", "val_loss", "lr", "grad_norm"]
+
+# ------------------------------------------------------------------------- curves
 
 
 def find_runs(*folders: Path) -> dict[str, Path]:
-    """Find the training runs in the folders, finished or not; those of a study lie deeper."""
+    """Find the training runs in the folders, finished or not, by name.
+
+    From the second folder on, its name comes first. Trials of a study lie deeper.
+    """
     return {
-        name.parent.as_posix(): path.parent
-        for name, path in _find("*/metrics.jsonl", folders)
+        (path.parent.relative_to(folder.parent if i else folder)).as_posix(): path.parent
+        for i, folder in enumerate(folders)
+        for path in sorted(folder.glob("*/metrics.jsonl"))
         if (path.parent / "config.json").exists()
     }
 
@@ -29,29 +37,23 @@ def find_runs(*folders: Path) -> dict[str, Path]:
 def find_external(*folders: Path) -> dict[str, Path]:
     """Find other people's curves: CSV or JSONL files in any folder named ``external``."""
     return {
-        name.as_posix(): path
-        for name, path in _find("**/external/*", folders)
+        path.relative_to(folder).as_posix(): path
+        for folder in folders
+        for path in sorted(folder.glob("**/external/*"))
         if path.suffix in (".csv", ".jsonl")
     }
 
 
-def _find(pattern: str, folders: tuple[Path, ...]) -> Iterator[tuple[Path, Path]]:
-    """Yield matching files with their names, which begin with the folder's from the second on."""
-    for i, folder in enumerate(folders):
-        for path in sorted(folder.glob(pattern)):
-            yield path.relative_to(folder.parent if i else folder), path
-
-
 def load_curve(run: Path) -> pd.DataFrame:
-    """Read a run's curve: step, tokens, seconds, flops, loss and, where measured, val_loss."""
+    """Read a run's steps and validations: one row each, with what it does not know as NaN."""
     curve = runs.read_metrics(run).reindex(columns=CURVE_COLUMNS)
-    model = ModelConfig(**runs.read_json(run / "config.json")["model"])
+    model = ModelConfig(**runs.read_config(run)["model"])
     curve["flops"] = curve.tokens * flops_per_token(model)
     return curve[curve.kind.isin(["step", "eval"])]
 
 
 def load_external(path: Path) -> pd.DataFrame:
-    """Read a file's curve like ``load_curve``: step and loss, and what else it tells; the rest is NaN."""
+    """Read a file's curve like ``load_curve``: step and loss, and what else it tells."""
     try:
         table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_json(path, lines=True)
         curve = table.reindex(columns=CURVE_COLUMNS[1:]).astype(float)
@@ -70,16 +72,11 @@ def load_external(path: Path) -> pd.DataFrame:
     return pd.concat([steps, evals])[CURVE_COLUMNS].sort_values("step", ignore_index=True)
 
 
-def smooth_share(curve: pd.DataFrame, share: float) -> pd.DataFrame:
-    """Add ``smoothed``: the training loss averaged over about this share of the run's steps."""
-    steps = curve[curve.kind == "step"]
-    return curve.assign(smoothed=smooth(steps.loss, steps.step, share * steps.step.max()))
-
-
-def smooth(values: pd.Series, at: pd.Series, window: float) -> pd.Series:
-    """Average exponentially over about ``window`` tokens or steps, which ``at`` counts, unbiased."""
-    per_step = float(at.diff().median()) if len(at) > 1 else window
-    return values.ewm(com=max(window / per_step, 1e-9), adjust=True).mean()
+def smooth(curve: pd.DataFrame, share: float) -> pd.DataFrame:
+    """Add ``smoothed``: the training loss, averaged over a centred window of this share of steps."""
+    loss = curve.loss[curve.kind == "step"]
+    window = max(1, round(share * len(loss)))
+    return curve.assign(smoothed=loss.rolling(window, center=True, min_periods=1).mean())
 
 
 def fit_slope(curve: pd.DataFrame, n_bins: int = 16) -> dict[str, float]:
@@ -89,26 +86,36 @@ def fit_slope(curve: pd.DataFrame, n_bins: int = 16) -> dict[str, float]:
     """
     steps = curve[curve.kind == "step"]
     middle = steps[steps.tokens.between(0.15 * steps.tokens.max(), 0.7 * steps.tokens.max())]
-    x, y = np.log(middle.tokens.to_numpy(float)), middle.loss.to_numpy()
-    if len(x) < 2 * n_bins:
+    if len(middle) < 2 * n_bins:
         return {"slope": math.nan, "standard_error": math.nan}
-    parts = np.array_split(np.arange(len(x)), n_bins)
-    x, y = (np.array([values[part].mean() for part in parts]) for values in (x, y))
-    slope, intercept = np.polyfit(x, y, 1)
-    residual = y - (slope * x + intercept)
-    spread = math.sqrt((residual**2).sum() / (n_bins - 2) / ((x - x.mean()) ** 2).sum())
-    return {"slope": slope, "standard_error": spread}
+    bins = middle.groupby(np.arange(len(middle)) * n_bins // len(middle))
+    means = bins[["tokens", "loss"]].mean()
+    fit = stats.linregress(np.log(means.tokens.to_numpy(float)), means.loss)
+    return {"slope": float(fit.slope), "standard_error": float(fit.stderr)}
+
+
+def paired_difference(ours: ArrayLike, theirs: ArrayLike) -> dict[str, float]:
+    """Compare runs seed by seed: mean of ours - theirs with its 95 % interval (Student's t)."""
+    difference = np.asarray(ours, float) - np.asarray(theirs, float)
+    n = len(difference)
+    low = high = math.nan
+    if n > 1:
+        low, high = stats.t.interval(0.95, n - 1, difference.mean(), stats.sem(difference))
+    return {"difference": float(difference.mean()), "low": float(low), "high": float(high), "n": n}
+
+
+# ------------------------------------------------------------------------- text
 
 
 def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
-    """Turn a loss [nats/token] into bits per byte of text, which other tokenizers can be held to."""
+    """Turn a loss [nats/token] into bits per byte of text, which compares across tokenizers."""
     return loss * tokens_per_byte / math.log(2)
 
 
 def tokens_per_byte(split: list[dict[str, Any]]) -> float:
     """Count tokens per byte of text over a split of a token manifest."""
-    domains = [counts for shard in split for counts in shard["domains"].values()]
-    return sum(d["tokens"] for d in domains) / sum(d["bytes"] for d in domains)
+    table = domain_table(split)
+    return table.tokens.sum() / table.bytes.sum()
 
 
 def domain_table(split: list[dict[str, Any]]) -> pd.DataFrame:
@@ -120,11 +127,20 @@ def domain_table(split: list[dict[str, Any]]) -> pd.DataFrame:
     return table.sort_values("tokens", ascending=False, ignore_index=True)
 
 
+def split_table(manifest: dict[str, Any]) -> pd.DataFrame:
+    """Count documents, megabytes of text and tokens of every split of a token manifest."""
+    totals = {
+        name: domain_table(shards)[["documents", "bytes", "tokens"]].sum()
+        for name, shards in manifest["splits"].items()
+    }
+    table = pd.DataFrame(totals).T.rename_axis("split").reset_index()
+    return table.assign(bytes=table.bytes / 1e6).rename(columns={"bytes": "MB of text"})
+
+
 def domain_scores(scores: dict[str, dict[str, float]], split: list[dict[str, Any]]) -> pd.DataFrame:
     """Tabulate each domain's scores (as ``step.evaluate`` gives them), with its bits per byte."""
-    counts = domain_table(split).set_index("domain")
     table = pd.DataFrame([{"domain": domain} | values for domain, values in scores.items()])
-    ratio = 1 / counts.bytes_per_token.loc[table.domain].to_numpy()
+    ratio = 1 / domain_table(split).set_index("domain").bytes_per_token.loc[table.domain].to_numpy()
     table["bits_per_byte"] = bits_per_byte(table.loss, ratio)
     return table.sort_values("bits_per_byte", ignore_index=True)
 
@@ -141,34 +157,14 @@ def domain_comparison(found: dict[str, Path]) -> pd.DataFrame:
     )
 
 
-def prediction_verdict(folder: Path) -> str | None:
-    """Hold the loss that ``05_full_run`` reached to what ``03_sizing`` predicted, if it did."""
-    paths = [folder / name / "summary.json" for name in ("03_sizing", "05_full_run")]
-    if not all(path.exists() for path in paths):
-        return None
-    sizing, full_run = (runs.read_json(path) for path in paths)
-    if not sizing.get("predicted_loss"):
-        return None
-    predicted, loss = sizing["predicted_loss"], full_run["val"]["loss"]
-    low, high = predicted["low"], predicted["high"]
-    verdict = "below" if loss < low else "above" if loss > high else "inside"
-    return (
-        f"03_sizing predicted {predicted['loss']:.3f} nats/token, {low:.3f} to {high:.3f}; "
-        f"05_full_run reached {loss:.3f}, {verdict} that interval."
-    )
-
-
 def results_table(found: dict[str, Path]) -> pd.DataFrame:
     """One row per finished run: size, tokens, and the final scores on the validation split."""
     rows = []
     for name, path in found.items():
-        if not (path / "training.json").exists():
+        if (result := runs.read_result(path)) is None:
             continue
-        result, config = (
-            runs.read_json(path / "training.json"),
-            runs.read_json(path / "config.json"),
-        )
-        bytes_ratio = config.get("data", {}).get("val_tokens_per_byte")
+        config = runs.read_config(path)
+        ratio = config["data"].get("val_tokens_per_byte")
         rows.append(
             {
                 "run": name,
@@ -179,7 +175,7 @@ def results_table(found: dict[str, Path]) -> pd.DataFrame:
                 "loss": result["val"]["loss"],
                 "perplexity": result["val"]["perplexity"],
                 "accuracy": result["val"]["accuracy"],
-                "bits_per_byte": bytes_ratio and bits_per_byte(result["val"]["loss"], bytes_ratio),
+                "bits_per_byte": ratio and bits_per_byte(result["val"]["loss"], ratio),
                 "val_sha256": result["val_sha256"][:8],
             }
         )

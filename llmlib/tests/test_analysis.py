@@ -4,23 +4,13 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from llmlib import analysis, runs
 
 
 def curve_of(loss, tokens):
     return pd.DataFrame({"kind": "step", "tokens": tokens, "loss": loss})
-
-
-def test_smoothing_keeps_a_constant_and_halves_the_noise():
-    tokens = pd.Series(np.arange(1, 401) * 10.0)
-    noise = pd.Series(np.random.default_rng(0).normal(3.0, 1.0, 400))
-    assert analysis.smooth(pd.Series(np.full(400, 3.0)), tokens, 200).tolist() == pytest.approx(
-        [3.0] * 400
-    )
-    smoothed = analysis.smooth(noise, tokens, 200)
-    assert smoothed.iloc[100:].std() < 0.5 * noise.std()
-    assert smoothed.iloc[0] == noise.iloc[0]  # unbiased at the start
 
 
 def test_slope_is_recovered_with_its_error():
@@ -58,7 +48,7 @@ def test_domains_add_up_over_shards():
 
 def write_run(folder, summary):
     model = {"n_layer": 1, "n_head": 1, "d_model": 8, "seq_len": 8, "vocab_size": 64}
-    runs.write_json(folder / "config.json", {"model": model})
+    runs.write_json(folder / "config.json", {"format": 2, "model": model, "data": {}})
     row = {"kind": "step", "step": 1, "tokens": 8, "seconds": 0.1, "loss": 3.0}
     (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n")
     runs.write_json(folder / "summary.json", summary)
@@ -104,7 +94,7 @@ def test_a_curve_of_steps_and_losses_alone_is_enough(tmp_path):
     (tmp_path / "theirs.csv").write_text("step,loss\n1,4.0\n2,3.0\n3,3.0\n")
     curve = analysis.load_external(tmp_path / "theirs.csv")
     assert curve[["tokens", "seconds", "flops"]].isna().all(axis=None)
-    assert analysis.smooth_share(curve, 1e-9).smoothed.tolist() == pytest.approx([4.0, 3.0, 3.0])
+    assert analysis.smooth(curve, 1e-9).smoothed.tolist() == [4.0, 3.0, 3.0]
     assert math.isnan(analysis.fit_slope(curve)["slope"])
 
 
@@ -122,16 +112,6 @@ def test_a_file_that_is_no_curve_is_refused_by_name(tmp_path, text, words):
     with pytest.raises(ValueError) as error:
         analysis.load_external(tmp_path / "theirs.csv")
     assert all(word in str(error.value) for word in words), str(error.value)
-
-
-def test_smoothing_by_share_counts_tokens_as_steps_do():
-    losses = pd.Series(np.random.default_rng(0).normal(3.0, 1.0, 400))
-    steps = pd.DataFrame({"kind": "step", "step": np.arange(1, 401), "loss": losses})
-    curve = pd.concat([steps, pd.DataFrame({"kind": "eval", "step": [400]})], ignore_index=True)
-    by_tokens = analysis.smooth(losses, steps.step * 64, 0.1 * 400 * 64)
-    smoothed = analysis.smooth_share(curve, 0.1).smoothed
-    assert smoothed.iloc[:400].tolist() == pytest.approx(by_tokens.tolist())
-    assert math.isnan(smoothed.iloc[400])
 
 
 def test_domains_are_scored_in_bits_of_their_own_bytes():
@@ -161,14 +141,29 @@ def test_domains_compare_across_finished_runs_that_have_them(tmp_path):
     assert analysis.domain_comparison({}).empty
 
 
-@pytest.mark.parametrize(("loss", "verdict"), [(4.0, "below"), (4.3, "inside"), (4.6, "above")])
-def test_a_prediction_is_held_to_the_loss_that_was_reached(tmp_path, loss, verdict):
-    assert analysis.prediction_verdict(tmp_path) is None
-    runs.write_json(tmp_path / "05_full_run" / "summary.json", {"val": {"loss": loss}})
-    runs.write_json(tmp_path / "03_sizing" / "summary.json", {})
-    assert analysis.prediction_verdict(tmp_path) is None
-    predicted = {"predicted_loss": {"loss": 4.25, "low": 4.1, "high": 4.5}}
-    runs.write_json(tmp_path / "03_sizing" / "summary.json", predicted)
-    sentence = analysis.prediction_verdict(tmp_path)
-    for part in ("predicted 4.250", "4.100 to 4.500", f"reached {loss:.3f}, {verdict}"):
-        assert part in sentence
+def test_smoothing_is_centred_and_leaves_validations_alone():
+    losses = np.arange(100.0)
+    steps = pd.DataFrame({"kind": "step", "step": np.arange(1, 101), "loss": losses})
+    curve = pd.concat([steps, pd.DataFrame({"kind": "eval", "step": [100]})], ignore_index=True)
+    smoothed = analysis.smooth(curve, 0.05).smoothed
+    assert smoothed[10:90].tolist() == losses[10:90].tolist()  # on a line, no lag
+    assert math.isnan(smoothed.iloc[100])
+    noise = steps.assign(loss=np.random.default_rng(0).normal(3.0, 1.0, 100))
+    assert analysis.smooth(noise, 0.1).smoothed.std() < 0.5 * noise.loss.std()
+
+
+def test_paired_difference_is_a_paired_t_test():
+    ours, theirs = [3.0, 3.2, 3.1], [3.3, 3.4, 3.5]
+    found = analysis.paired_difference(ours, theirs)
+    interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert found["difference"] == pytest.approx(-0.3)
+    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
+    assert math.isnan(analysis.paired_difference([1.0], [2.0])["low"])
+
+
+def test_splits_are_counted_by_documents_text_and_tokens():
+    domains = {"a": {"documents": 2, "bytes": 3_000_000, "tokens": 10}}
+    table = analysis.split_table({"splits": {"train": [{"domains": domains}] * 2}})
+    assert table.to_dict("records") == [
+        {"split": "train", "documents": 4, "MB of text": 6.0, "tokens": 20}
+    ]

@@ -2,10 +2,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.text import Text
 
 from llmlib import plots
-from llmlib.surface import Optima
 
 DOMAINS = pd.DataFrame(
     {"domain": ["a", "b"], "tokens": [9, 1], "share": [0.9, 0.1], "bytes_per_token": [3.0, 4.0]}
@@ -20,72 +18,42 @@ CURVE = pd.DataFrame(
         "loss": [3.0, np.nan, 2.5],
         "val_loss": [np.nan, 3.1, np.nan],
         "smoothed": [3.0, np.nan, 2.8],
+        "lr": [1e-3, np.nan, 1e-4],
+        "grad_norm": [1.0, np.nan, 0.5],
     }
 )
 SPEEDS = pd.DataFrame(
     {
         "name": ["ours", "plain"],
-        "claim": ["", "1.15x"],
-        "n_layer": [1, 2],
-        "d_model": [64, 32],
+        "claim": [np.nan, 1.15],
         "n_params": [1e6, 1.1e6],
         "tokens_per_s": [10.0, 5.0],
         "tokens_per_s_low": [9.0, 4.0],
         "tokens_per_s_high": [11.0, 6.0],
-        "flops_per_s": [100.0, 50.0],
         "speed_up": [1.0, 2.0],
         "speed_up_low": [1.0, 1.8],
         "speed_up_high": [1.0, 2.2],
-        "memory_gib": [1.0, 1.5],
     }
 )
-FITS = pd.DataFrame(
-    [
-        (q, m, 2, 0.5, 0.1)
-        for q in ("n_params", "micro_batch")
-        for m in ("tokens_per_s", "memory_gib")
-    ],
-    columns=["quantity", "measured", "n", "exponent", "standard_error"],
-)
-SETTINGS = pd.DataFrame(
+TRIALS = pd.DataFrame(
     {
-        "group": ["schedules", "claims"],
-        "setting": ["wsd", "gpt2"],
-        "optimizer": ["adamw", "muon"],
-        "recipe": ["winner2024", "best"],
-        "seed": [0, 0],
-        "lr": [1e-3, 1e-2],
-        "loss": [3.0, 2.9],
-        "difference": [-0.1, 0.2],
-        "share": [1.0, 0.3],
-        "bound": [False, True],
-    }
-)
-SEEDS = pd.concat(
-    CURVE.dropna(subset="val_loss").assign(recipe=recipe, seed=seed)
-    for recipe in ("winner2024", "best")
-    for seed in (0, 1)
-)
-VERDICT = pd.DataFrame(
-    {
-        "n_params": [1e6, 2e6, 4e6],
-        "loss": [3.02, 3.0, 3.1],
-        "loss_low": [2.9, 2.9, 2.9],
-        "loss_high": [3.2, 3.2, 3.2],
-        "in_basin": [False, True, False],
-        "is_extrapolated": [False, False, True],
+        "optimizer": ["adamw", "adamw", "adamw", "muon"],
+        "recipe": ["winner2024", "best", "best", "best"],
+        "lr": [1e-3, 2e-3, 4e-3, 1e-2],
+        "loss": [3.0, 2.9, 3.1, np.nan],
     }
 )
 POINTS = pd.DataFrame(
     {
-        "flops": [1e9, 1e9, 1e9],
-        "n_params": [1e6, 2e6, 4e6],
-        "n_tokens": [4e6, 2e6, 1e6],
-        "loss": [3.1, 3.0, 3.1],
-        "predicted": [3.0, 3.0, 3.2],
+        "size": ["s", "s", "l", "l"],
+        "n_params": [1e6, 1e6, 4e6, 4e6],
+        "n_tokens": [1e6, 2e6, 1e6, 2e6],
+        "loss": [3.1, 3.0, 3.2, 3.0],
+        "predicted": [3.1, 3.0, 3.2, 3.1],
     }
 )
-VERTEX = POINTS[1:2].assign(curvature=0.1, is_extrapolated=False)
+ANSWER = pd.DataFrame({"n_params": [5e5, 2e6, 8e6], "loss": [3.0, 2.8, 2.9]})
+ANSWER = ANSWER.assign(low=ANSWER.loss - 0.1, high=ANSWER.loss + 0.1)
 DOMAIN_LOSSES = pd.DataFrame(
     {
         "run": ["one", "one", "two", "two"],
@@ -94,37 +62,18 @@ DOMAIN_LOSSES = pd.DataFrame(
         "bits_per_byte": [1.2, 1.0, 1.3, 1.1],
     }
 )
-SIZES = pd.DataFrame({"fit": "f", "n_params": [1e6, 1e7, 1e8], "loss": [3.2, 3.0, 3.1]})
 FIGURES = {
     "domain_mix": lambda: plots.domain_mix(DOMAINS),
-    "document_lengths": lambda: plots.document_lengths(pd.DataFrame({"tokens": [5, 80, 900]}), 64),
     "speed_ups": lambda: plots.speed_ups(SPEEDS),
-    "waterfall": lambda: plots.waterfall(SPEEDS),
-    "speed_by_shape": lambda: plots.speed_by_shape(SPEEDS, 200.0),
-    "time_breakdown": lambda: plots.time_breakdown(
-        pd.DataFrame({"kind": ["matmul", "data"], "seconds": [3.0, 1.0], "share": [0.75, 0.25]})
-    ),
-    "growth": lambda: plots.growth(
-        {"n_params": SPEEDS, "micro_batch": SPEEDS.assign(micro_batch=[1, 2])}, FITS
-    ),
-    "predicted_loss": lambda: plots.predicted_loss(
-        SIZES, pd.DataFrame({"name": ["here"], "n_params": [2e7]}), "title"
-    ),
-    "training_curve": lambda: plots.training_curve(CURVE, pd.Series([3.0, 2.8]), 2.4),
-    "budget_bar": lambda: plots.budget_bar(
-        pd.DataFrame({"kind": ["training", "compile"], "seconds": [9.0, 1.0]})
-    ),
+    "speed_by_shape": lambda: plots.speed_by_shape(SPEEDS),
+    "loss_by_size": lambda: plots.loss_by_size(POINTS, ANSWER, {"20:1": 2e6}),
+    "predicted_vs_measured": lambda: plots.predicted_vs_measured(POINTS),
+    "lr_sensitivity": lambda: plots.lr_sensitivity(TRIALS),
+    "recipes": lambda: plots.recipes(TRIALS),
+    "training_curve": lambda: plots.training_curve(CURVE, 2.4),
     "compare_curves": lambda: plots.compare_curves({"one": CURVE, "two": CURVE}),
-    "domain_bars": lambda: plots.domain_bars(DOMAIN_LOSSES),
-    "sizing_verdict": lambda: plots.sizing_verdict(
-        VERDICT, VERDICT[["n_params"]][:1].assign(name="20:1"), "1 h"
-    ),
-    "isoflops": lambda: plots.isoflops(Optima(VERTEX, POINTS, 0.5, np.nan), {"another": VERTEX}),
-    "fit_residuals": lambda: plots.fit_residuals(POINTS),
-    "lr_sensitivity": lambda: plots.lr_sensitivity(SETTINGS),
-    "differences": lambda: plots.differences(SETTINGS, "title"),
-    "finalists": lambda: plots.finalists(SEEDS, "title"),
-    "time_to_target": lambda: plots.time_to_target(SETTINGS, "title"),
+    "domain_scores": lambda: plots.domain_scores(DOMAIN_LOSSES),
+    "published_loss": lambda: plots.published_loss(3.0, 1.5e14, 20.0),
 }
 
 
@@ -138,35 +87,49 @@ def test_every_axis_names_its_quantity_and_the_style_stays_ours(name):
     before = dict(plt.rcParams)
     figure = FIGURES[name]()
     assert dict(plt.rcParams) == before
-    assert all(axes.get_xlabel() for axes in figure.axes)
+    assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes)
     assert any(axes.get_title(loc="left") for axes in figure.axes)
 
 
-def texts(figure):
-    """Everything a reader can read in a figure."""
-    return [text.get_text() for text in figure.findobj(Text)]
+def test_a_failed_run_has_no_point_and_an_optimum_at_the_edge_a_ring():
+    axes = plots.lr_sensitivity(TRIALS.assign(loss=[3.0, 3.1, 3.2, np.nan])).axes[0]
+    [line] = [line for line in axes.lines if line.get_label() == "adamw"]
+    assert len(line.get_xdata()) == 3
+    assert not [line for line in axes.lines if line.get_label() == "muon"]
+    assert [line.get_fillstyle() for line in axes.lines] == ["full", "none"]
+    assert len(plots.lr_sensitivity(TRIALS).axes[0].lines) == 1
 
 
-def test_figures_of_the_recipe_name_their_winner_and_its_bounds():
-    failed = pd.concat([SETTINGS, SETTINGS[:1].assign(loss=np.nan, lr=1.0)])
-    figure = plots.lr_sensitivity(failed)
-    assert "Lowest loss: muon at a peak rate of 0.01" in texts(figure)
-    assert "at most 30%" in texts(FIGURES["time_to_target"]())
-    [reference] = [line for line in figure.axes[0].lines if line.get_label() == "adamw"]
-    assert len(reference.get_xdata()) == 1  # a failed run has no point
+def test_experiments_differ_without_colour_and_keep_their_looks():
+    looks = plots.looks(list("abcdefg"))
+    assert len({(str(look["linestyle"]), look["marker"]) for look in looks.values()}) == 7
+    assert plots.looks(["a", "b"])["b"] == looks["b"]
 
 
-def test_saved_figure_comes_with_its_data(tmp_path):
-    plots.save_figure(FIGURES["budget_bar"](), DOMAINS, tmp_path / "figures" / "x")
-    assert sorted(p.name for p in (tmp_path / "figures").iterdir()) == ["x.csv", "x.png", "x.svg"]
-    assert pd.read_csv(tmp_path / "figures" / "x.csv").equals(DOMAINS)
+def test_a_curve_appears_only_where_its_axis_is_known():
+    alien = CURVE.assign(seconds=np.nan, flops=np.nan, val_loss=np.nan)
+    figure = plots.compare_curves({"ours": CURVE, "theirs": alien})
+    assert [len(axes.lines) for axes in figure.axes] == [2, 1, 1]
+    [legend] = figure.legends
+    assert [t.get_text() for t in legend.get_texts()] == ["ours", "theirs (training)"]
 
 
-def test_experiments_differ_without_colour():
-    looks = {(str(look["linestyle"]), look["marker"]) for look in plots.LOOKS}
-    assert len(looks) == len(plots.LOOKS)
-
-
-@pytest.mark.parametrize(("value", "text"), [(179_983_360, "180M"), (1.5e9, "1.5B"), (950, "950")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(179_983_360, "180M"), (1.5e9, "1.5B"), (950, "950"), (0.0, "0"), (33_400, "33.4k")],
+)
 def test_numbers_read_short(value, text):
-    assert plots.si(value) == text
+    assert plots.short_number(value) == text
+
+
+def test_panels_are_plain_figures_where_nobody_can_touch_them():
+    assert isinstance(plots.curve_panel({"one": CURVE}, 0.1), plt.Figure)
+    assert isinstance(plots.sizing_panel(3.0, {"here": 1e12}), plt.Figure)
+
+
+def test_panels_have_controls_where_somebody_can(monkeypatch):
+    widgets = pytest.importorskip("ipywidgets")
+    monkeypatch.setattr(plots, "is_attended", lambda: True)
+    curves = plots.curve_panel({"one": CURVE, "two": CURVE}, 0.1)
+    assert isinstance(curves, widgets.VBox) and len(curves.children) == 4
+    assert len(plots.sizing_panel(3.0, {"here": 1e12}).children) == 4

@@ -1,16 +1,19 @@
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmlib import sizing
-from llmlib.config import ModelConfig, gpt2_config, llama_config
+from llmlib.config import ModelConfig, llama_config, resize
 from llmlib.model import build_model
+from llmlib.sizing import PUBLISHED_FITS, LossSurface, fit_loss_surface
 
-SMALL = [
-    llama_config(3, 64, d_head=16, vocab_size=320, seq_len=32),
-    gpt2_config(n_layer=3, d_model=64, n_head=4, vocab_size=320, seq_len=32),
-]
+LLAMA = llama_config(3, 64, d_head=16, vocab_size=320, seq_len=32)
+SMALL = [LLAMA, resize(LLAMA, arch="gpt2")]
+BESIROGLU = PUBLISHED_FITS["Besiroglu et al. 2024"]
+NAMES = ("E", "A", "B", "alpha", "beta")
 
 
 def test_recipe_has_179_983_360_parameters():
@@ -20,7 +23,7 @@ def test_recipe_has_179_983_360_parameters():
 
 
 def test_baseline_has_123_6_million_parameters_without_its_positions():
-    config = gpt2_config()
+    config = resize(ModelConfig(), arch="gpt2")
     assert (sizing.count_params(config) - config.seq_len * config.d_model) / 1e6 == pytest.approx(
         123.6, abs=0.05
     )
@@ -58,9 +61,122 @@ def test_recipe_costs_1_143_gigaflop_per_token():
         ("NVIDIA H200", 989e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
         ("Tesla V100-SXM2-16GB", None),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
         ("Some GPU of 2031", None),
         ("CPU", None),
     ],
 )
 def test_datasheet_peak_is_known_or_none(name, peak):
     assert sizing.datasheet_peak(name) == peak
+
+
+# ------------------------------------------------------------------ the loss surface
+
+
+def measure(truth=BESIROGLU, *, n=60, noise=0.01, seed=0):
+    """Points of a known surface, as many and as widely spread as the published ones, with noise."""
+    rng = np.random.default_rng(seed)
+    n_params = np.exp(rng.uniform(np.log(5e7), np.log(1e10), n))
+    n_tokens = np.exp(rng.uniform(np.log(1e9), np.log(3e11), n))
+    return n_params, n_tokens, truth.loss(n_params, n_tokens) * np.exp(noise * rng.normal(size=n))
+
+
+def objective(constants, n_params, n_tokens, loss):
+    """The published objective, written out plainly."""
+    e, a, b, alpha, beta = constants
+    residual = np.log(e + a / n_params**alpha + b / n_tokens**beta) - np.log(loss)
+    small = np.abs(residual) <= 1e-3
+    return np.where(small, residual**2 / 2, 1e-3 * (np.abs(residual) - 1e-3 / 2)).sum()
+
+
+def constants_of(fit):
+    return np.array([getattr(fit, name) for name in NAMES])
+
+
+@pytest.mark.parametrize("fit", PUBLISHED_FITS.values(), ids=PUBLISHED_FITS)
+def test_closed_form_optimum_is_the_lowest_point_of_the_curve(fit):
+    flops = 1.35e18
+    sizes = np.geomspace(1e7, 1e9, 20_001)
+    lowest = sizes[np.argmin(fit.loss(sizes, flops / 6 / sizes))]
+    assert fit.optimal_params(flops) == pytest.approx(lowest, rel=1e-3)
+
+
+def test_three_hours_of_an_a100_ask_for_the_published_sizes():
+    for flops, at_20, by_fit in ((1.35e18, 106e6, 94e6), (2.02e18, 130e6, 116e6)):
+        table = sizing.published_optima(flops).set_index("source")
+        assert table.n_params["20 tokens per parameter"] == pytest.approx(at_20, rel=0.01)
+        assert table.n_params["Besiroglu et al. 2024"] == pytest.approx(by_fit, rel=0.02)
+        assert (6 * table.n_params * table.n_tokens).tolist() == pytest.approx([flops] * 3)
+
+
+@pytest.mark.parametrize("truth", PUBLISHED_FITS.values(), ids=PUBLISHED_FITS)
+def test_fit_recovers_a_known_surface(truth):
+    exact = fit_loss_surface(*measure(truth, noise=0))
+    assert constants_of(exact) == pytest.approx(constants_of(truth), rel=1e-2)
+    noisy = fit_loss_surface(*measure(truth, n=240))
+    assert noisy.exponent == pytest.approx(truth.exponent, abs=0.03)
+    assert noisy.optimal_params(1e21) == pytest.approx(truth.optimal_params(1e21), rel=0.1)
+
+
+def test_fit_lands_within_one_standard_error_of_the_published_refit():
+    """As many points as Besiroglu et al. had, about as noisy as theirs about their fit."""
+    errors = {"E": 0.026, "A": 124.5, "B": 1293, "alpha": 0.015, "beta": 0.021}
+    fit = fit_loss_surface(*measure(n=240, noise=0.005))
+    for name, error in errors.items():
+        assert abs(getattr(fit, name) - getattr(BESIROGLU, name)) < error, name
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_neighbour_of_the_fit_has_a_lower_objective(seed):
+    points = measure(seed=seed)
+    fitted = constants_of(fit_loss_surface(*points))
+    lowest, rng = objective(fitted, *points), np.random.default_rng(seed)
+    assert lowest <= objective(constants_of(BESIROGLU), *points)
+    for size in (1e-3, 1e-2, 1e-1):
+        for _ in range(200):
+            assert objective(fitted * np.exp(size * rng.normal(size=5)), *points) > lowest * 0.9999
+
+
+def test_bootstrap_holds_the_truth_most_of_the_time():
+    hits, n = 0, 10
+    for seed in range(n):
+        fit = fit_loss_surface(*measure(n=40, seed=seed), n_bootstrap=25, seed=seed)
+        low, high = np.quantile(fit.family.exponent, [0.05, 0.95])
+        hits += low < BESIROGLU.exponent < high
+        assert (fit.table().standard_error > 0).all()
+    assert hits > 6  # of Binomial(10, 0.9), 6 or fewer come up once in 80 times
+
+
+@pytest.mark.parametrize(
+    ("points", "words"),
+    [
+        (([1.0] * 6, [1.0] * 6, [3.0] * 6), "6 points can't test five constants"),
+        (([1e6, 2e6, 4e6] * 2, [1e6] * 6, [3.0] * 6), "3 or more token counts"),
+        (([1e6, 2e6, np.nan], [1e6, 1e7, 1e8], [3.0] * 3), "finite and positive"),
+    ],
+)
+def test_points_that_cannot_identify_a_surface_are_refused(points, words):
+    with pytest.raises(ValueError, match=words):
+        fit_loss_surface(*points)
+
+
+def test_best_size_is_the_lowest_loss_at_the_measured_speed():
+    speeds = pd.DataFrame({"n_params": [1e6, 1e7, 1e8], "tokens_per_s": [1e6, 1e5, 1e4]})
+    fit = sizing.SurfaceFit(*constants_of(BESIROGLU), samples=np.empty((0, 5)))
+    table = sizing.best_size(fit, speeds, 1e5)
+    best = table.loc[table.loss.idxmin()]
+    assert best.n_params == pytest.approx(BESIROGLU.optimal_params(6 * 1e17), rel=0.05)
+    assert (table.n_params * table.n_tokens).to_numpy() == pytest.approx(1e17)
+
+
+def test_interval_of_the_best_size_is_that_of_the_samples():
+    speeds = pd.DataFrame({"n_params": [1e6, 1e8], "tokens_per_s": [1e6, 1e4]})
+    fit = fit_loss_surface(*measure(n=40), n_bootstrap=20)
+    table = sizing.best_size(fit, speeds, 1e5)
+    low, high = table.best_low.iloc[0], table.best_high.iloc[0]
+    assert low < LossSurface.optimal_params(fit, 6e17) < high
+    assert (table.low <= table.high).all()
