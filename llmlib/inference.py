@@ -1,0 +1,183 @@
+"""Use a finished run: load it, continue a prompt, export it to Hugging Face's transformers.
+
+What has been read stays in a cache of keys and values until the context is full.
+"""
+
+from __future__ import annotations
+
+import codecs
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from llmlib import analysis, runs, step
+from llmlib.config import ModelConfig
+from llmlib.model import LanguageModel, build_model
+from llmlib.tokenizer import END_OF_TEXT, load_tokenizer
+
+GPT2_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "layers": "h", "norm": "ln_f"}
+GPT2_NAMES |= {"qkv_proj": "attn.c_attn", "o_proj": "attn.c_proj"}  # ours: theirs
+GPT2_NAMES |= {"up_proj": "mlp.c_fc", "down_proj": "mlp.c_proj"}
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+A small language model ({arch}, {n_layer} layers x {d_model}, context {seq_len} tokens), trained from
+scratch by LLM Workbook with {optimizer} (peak learning rate {lr:g}, schedule `{schedule}`, seed {seed}),
+without instruction tuning. Load it with `AutoModelForCausalLM` and `AutoTokenizer`. In a text,
+`<|endoftext|>` is text like any other; the token itself is `tokenizer.eos_token_id`.
+
+"""
+
+
+def load_run(run: Path) -> tuple[LanguageModel, tiktoken.Encoding]:
+    """Load the model and the tokenizer of a finished training run."""
+    if runs.read_result(run) is None:
+        raise ValueError(
+            f"run {str(run)!r} has no result.json, so it is not finished; start it again, or give the "
+            "folder of a finished run, such as runs/local/laptop/05_full_run."
+        )
+    model = build_model(runs.read_run(run).model)
+    model.load_state_dict(load_file(run / "model.safetensors"))
+    return model.to(step.pick_device()).eval(), load_tokenizer(run / "tokenizer.json")
+
+
+def continue_text(
+    model: LanguageModel, encoding: tiktoken.Encoding, prompt: str, n_new: int = 200, **how: Any
+) -> Iterator[str]:
+    """Yield a prompt's continuation as text, whole characters only; ``how`` goes to ``generate``."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    for token in generate(model, encoding, encoding.encode_ordinary(prompt), n_new, **how):
+        yield decoder.decode(encoding.decode_single_token_bytes(token))
+    yield decoder.decode(b"", final=True)
+
+
+@torch.no_grad()
+def generate(
+    model: LanguageModel,
+    encoding: tiktoken.Encoding,
+    tokens: list[int],
+    n_new: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int = 0,
+) -> Iterator[int]:
+    """Yield up to ``n_new`` tokens that continue ``tokens``; temperature 0 takes the likeliest.
+
+    Stops at end of text; never picks a padding token. Whenever the context is full, the model
+    forgets all but the last half of it and reads that anew.
+    """
+    if not (temperature >= 0 and top_k >= 1 and 0 < top_p <= 1):
+        raise ValueError(
+            f"temperature={temperature}, top_k={top_k}, top_p={top_p} leave no token to choose; use 0 "
+            "or more, 1 or more, and above 0 up to 1."
+        )
+    device, seq_len = model.embed_tokens.weight.device, model.config.seq_len
+    rng = torch.Generator(device).manual_seed(seed)
+    tokens = list(tokens) or [encoding.eot_token]
+    unread, caches = tokens[-seq_len:], model.new_caches()
+    for _ in range(n_new):
+        if caches[0].n_tokens + len(unread) > seq_len:
+            unread, caches = tokens[-max(1, seq_len // 2) :], model.new_caches()
+        logits = model.next_logits(torch.tensor([unread], device=device), caches)[0]
+        chances = next_chances(logits[: encoding.n_vocab].float(), temperature, top_k, top_p)
+        unread = torch.multinomial(chances, 1, generator=rng).tolist()
+        if unread == [encoding.eot_token]:
+            return
+        tokens += unread
+        yield unread[0]
+
+
+def next_chances(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """Weigh each token (V,): the ``top_k`` likeliest, and of these the fewest that reach ``top_p``."""
+    best, places = logits.topk(min(top_k, len(logits)) if temperature else 1)
+    chances = torch.softmax(best / (temperature or 1.0), -1)
+    likelier = chances.cumsum(-1) - chances  # what all likelier tokens have together
+    return torch.zeros_like(logits).scatter(0, places, chances * (likelier < top_p))
+
+
+def export(run: Path, folder: Path) -> Path:
+    """Write a finished run's model, tokenizer and card to a new folder and return it.
+
+    Files are written aside and their folder renamed, so that it is whole or not there.
+    """
+    (model, encoding), folder = load_run(run), folder.expanduser().resolve()
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{str(folder)!r} exists and is not an empty folder; name a new one.")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        aside = Path(scratch, folder.name)
+        _convert_model(model.cpu(), encoding).save_pretrained(aside)
+        _convert_tokenizer(encoding, model.config.seq_len).save_pretrained(aside)
+        runs.write_atomic(aside / "README.md", _card(run, folder.name))
+        os.replace(aside, folder)
+    return folder
+
+
+def _card(run: Path, name: str) -> str:
+    about, [scores] = runs.read_config(run), analysis.results_table({name: run}).to_dict("records")
+    text = CARD.format(name=name, **about["model"], **about["train"])
+    return text + "".join(f"- {key}: {value}\n" for key, value in scores.items())
+
+
+def hf_model(config: ModelConfig, **special: Any) -> Any:
+    """Build transformers' own model of the same shape: a Llama, or GPT-2 for the baseline."""
+    try:
+        from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise ValueError('this needs transformers: pip install -e ".[export]"') from error
+    shape = special | {"vocab_size": config.vocab_size, "tie_word_embeddings": True}
+    shape |= {"hidden_size": config.d_model, "max_position_embeddings": config.seq_len}
+    shape |= {"num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head}
+    if config.arch == "gpt2":
+        shape |= {"n_inner": config.d_ff, "layer_norm_epsilon": config.norm_eps}
+        shape |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+        return GPT2LMHeadModel(GPT2Config(**shape))
+    shape |= {"intermediate_size": config.d_ff, "rms_norm_eps": config.norm_eps}
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope))
+
+
+def _convert_model(model: LanguageModel, encoding: tiktoken.Encoding) -> Any:
+    config, weights, end = model.config, model.state_dict(), encoding.eot_token
+    theirs = hf_model(config, bos_token_id=end, eos_token_id=end)
+    if config.arch == "gpt2":  # transformers keeps its matrices transposed, and has biases
+        there = theirs.transformer.state_dict()
+        weights = {k: w.T if "_proj" in k else w for k, w in weights.items()}
+        for ours, name in GPT2_NAMES.items():
+            weights = {k.replace(ours, name): w for k, w in weights.items()}
+        weights |= {k: torch.zeros_like(w) for k, w in there.items() if k.endswith(".bias")}
+    theirs.base_model.load_state_dict(weights)
+    padding = list(range(encoding.n_vocab, config.vocab_size))  # rows that stand for no token
+    theirs.generation_config.update(pad_token_id=end, suppress_tokens=padding or None)
+    return theirs
+
+
+def _convert_tokenizer(encoding: tiktoken.Encoding, seq_len: int) -> Any:
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    if encoding.eot_token != len(encoding._mergeable_ranks):
+        raise ValueError(
+            f"tokenizer={encoding.name!r} cannot be exported; train with tokenizer='gpt2' or 'bpe'."
+        )
+    converter = TikTokenConverter(pattern=encoding._pat_str, extra_special_tokens=[END_OF_TEXT])
+    converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks  # here, not in a file
+    return PreTrainedTokenizerFast(
+        tokenizer_object=converter.converted(),
+        model_max_length=seq_len,
+        split_special_tokens=True,  # in a text, their names are text, as they were in training
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
+    )

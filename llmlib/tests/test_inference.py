@@ -1,0 +1,224 @@
+"""Generation against the model without a cache, and exports loaded by transformers."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import tiktoken
+import torch
+from safetensors.torch import save_file
+
+from llmlib import inference, runs
+from llmlib.config import SCALES, llama_config, override, resize
+from llmlib.inference import continue_text, export, generate, load_run, next_chances
+from llmlib.model import build_model
+from llmlib.tokenizer import END_OF_TEXT, save_tokenizer, train_bpe
+from llmlib.train import Trainer
+
+transformers = pytest.importorskip("transformers")
+
+LLAMA = llama_config(2, 64, d_head=16, vocab_size=448, seq_len=48, rope_theta=500.0)
+GPT2 = resize(LLAMA, arch="gpt2")
+NO_END = SimpleNamespace(n_vocab=400, eot_token=-1)  # a tokenizer whose end is never met
+PIECES = ["def f(x):\n    return x ** 2\n", "the cat's hat", "naïve café", "你好，世界", "Ελληνικά"]
+PIECES += [
+    "👩‍👩‍👧‍👦😀",
+    "é",
+    "3.14159 1234567",
+    "\n\n\n",
+    "   ",
+    "\t\t",
+    " \n ",
+    "\r\n",
+    "\xa0\u3000",
+]
+PIECES += ["we'll they're I'M", "!?...", "\x00\x7f", "\ufeff\u200b", "\x85\u2028", "a" * 30]
+PIECES += [" ", "<|", END_OF_TEXT, "aaaa bbb"]
+
+
+def varied_texts(n: int) -> list[str]:
+    pick = random.Random(0)
+    return PIECES + ["".join(pick.choices(PIECES, k=pick.randint(0, 9))) for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def bpe() -> tiktoken.Encoding:
+    return train_bpe(varied_texts(300), 400)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, smoke_tokens: Path) -> Path:
+    """A real run of two steps."""
+    run, scale = tmp_path_factory.mktemp("runs") / "trained", SCALES["smoke"]
+    runs.create_run(run, scale.model, override(scale.train, budget_steps=2), smoke_tokens)
+    Trainer(run).run()
+    return run
+
+
+@pytest.fixture
+def make_finished(tmp_path: Path, trained: Path):
+    """Return a function that makes a run with weights so large that wrong details would show."""
+
+    def make(config, encoding) -> Path:
+        run, model = tmp_path / "run", build_model(config)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for param in model.parameters():
+                noise = torch.randn(param.shape, generator=generator)
+                param.mul_(4.0) if param.dim() >= 2 else param.add_(0.3 * noise)
+            model.embed_tokens.weight[encoding.n_vocab :] *= 3  # padding that would often win
+        about = runs.read_json(trained / "config.json") | {"model": vars(config)}
+        runs.write_json(run / "config.json", about)
+        shutil.copy(trained / "result.json", run)
+        runs.write_atomic(run / "tokenizer.json", save_tokenizer(encoding))
+        save_file(model.state_dict(), run / "model.safetensors")
+        return run
+
+    return make
+
+
+# ------------------------------------------------------------------------- generation
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda c: c.arch)
+@pytest.mark.parametrize("n_prompt", [1, 48, 60])
+@torch.no_grad()
+def test_cache_changes_no_token(config, n_prompt):
+    """Also far beyond the context, of which the newer half is kept whenever it is full."""
+    model, window = build_model(config, seed=2).eval(), min(n_prompt, 48)
+    for param in model.parameters():
+        param.mul_(5.0) if param.dim() >= 2 else None
+    tokens = torch.randint(400, (n_prompt,), generator=torch.Generator().manual_seed(3)).tolist()
+    for token in generate(model, NO_END, list(tokens), 80, temperature=0):
+        window = 24 if window > 48 else window
+        logits = model(torch.tensor([tokens[-window:]]))[0, -1, :400]
+        assert logits[token] > logits.max() - 1e-4
+        tokens.append(token)
+        window += 1
+    assert len(tokens) == n_prompt + 80
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("top_k, top_p", [(320, 1.0), (7, 1.0), (320, 0.6), (20, 0.3), (1, 0.01)])
+def test_chances_are_those_of_transformers(temperature, top_k, top_p):
+    from transformers.generation import logits_process as theirs
+
+    logits = 3 * torch.randn(320, generator=torch.Generator().manual_seed(5))
+    ours = next_chances(logits, temperature, top_k, top_p)
+    warped = theirs.TemperatureLogitsWarper(temperature)(None, logits[None])
+    warped = theirs.TopPLogitsWarper(top_p)(None, theirs.TopKLogitsWarper(top_k)(None, warped))
+    assert torch.allclose(ours / ours.sum(), warped.softmax(-1)[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("how", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 2}])
+def test_impossible_choice_is_refused(how):
+    ((name, value),) = how.items()
+    with pytest.raises(ValueError, match=f"{name}={value}.*leave no token to choose; use "):
+        next(generate(build_model(LLAMA), NO_END, [1], 5, **how))
+
+
+def test_seed_decides_padding_is_never_chosen_and_end_of_text_ends():
+    model = build_model(LLAMA)
+    first, again, other = (list(generate(model, NO_END, [1], 20, seed=s)) for s in (1, 1, 2))
+    assert first == again != other
+    with torch.no_grad():
+        model.embed_tokens.weight[400:] = 100.0  # padding would win if it were allowed
+    written = list(generate(model, NO_END, [1], 20, top_k=448))
+    assert len(written) == 20 and max(written) < 400
+    likeliest = next(generate(model, NO_END, [1], 1, temperature=0))
+    ends = SimpleNamespace(n_vocab=400, eot_token=likeliest)
+    assert list(generate(model, ends, [1], 20, temperature=0)) == []
+
+
+def test_text_comes_in_whole_characters(bpe, monkeypatch):
+    tokens = [*"aé好".encode(), 0xFF, *b"b", *"好".encode()[:2]]  # the first 256 are bytes
+    monkeypatch.setattr(inference, "generate", lambda *_, **__: iter(tokens))
+    pieces = [piece for piece in continue_text(build_model(LLAMA), bpe, "", 60) if piece]
+    assert pieces == ["a", "é", "好", "\ufffd", "b", "\ufffd"]
+
+
+def test_an_empty_prompt_starts_a_new_document(bpe):
+    model = build_model(LLAMA).eval()
+    tokens = list(generate(model, bpe, [bpe.eot_token], 5, temperature=0))
+    text = "".join(continue_text(model, bpe, "", 5, temperature=0))
+    assert text == bpe.decode_bytes(tokens).decode(errors="replace")
+
+
+# ------------------------------------------------------------------------- export
+
+
+@pytest.mark.parametrize("name", ["bpe", "gpt2"])
+def test_exported_tokenizer_gives_the_same_ids(name, request, make_finished, tmp_path):
+    encoding = request.getfixturevalue(name)
+    config = llama_config(1, 16, d_head=16, vocab_size=50_304, seq_len=32)
+    folder = export(make_finished(config, encoding), tmp_path / "x")
+    theirs, texts = transformers.AutoTokenizer.from_pretrained(folder), varied_texts(3000)
+    expected = [encoding.encode_ordinary(text) for text in texts]
+    assert theirs(texts).input_ids == expected
+    assert [theirs.decode(tokens) for tokens in expected] == texts
+    assert len(theirs) == encoding.n_vocab and theirs.model_max_length == 32
+    end = encoding.eot_token
+    assert theirs.bos_token_id == theirs.eos_token_id == theirs.pad_token_id == end
+    assert end not in theirs(f"a{END_OF_TEXT}b").input_ids  # in a text, its name is text
+
+
+@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=lambda c: c.arch)
+@torch.no_grad()
+def test_exported_model_computes_and_writes_as_ours(config, bpe, make_finished, tmp_path):
+    run = make_finished(config, bpe)
+    theirs, found = transformers.AutoModelForCausalLM.from_pretrained(
+        export(run, tmp_path / "x"), output_loading_info=True
+    )
+    assert not any(found.values())  # nothing missing, unexpected or of another shape
+    assert theirs.dtype == torch.float32
+    ours, encoding = load_run(run)
+    ours.cpu()  # where theirs is
+    tokens = torch.randint(400, (2, 48), generator=torch.Generator().manual_seed(0))
+    logits = ours(tokens)
+    assert (logits - theirs(tokens).logits).abs().max() < 1e-4
+    assert (logits.argmax(-1) >= encoding.n_vocab).any()  # padding, if it were allowed
+    for prompt in ("the cat", "naïve ", "\n\n1234", "你好"):
+        start = encoding.encode_ordinary(prompt)
+        written = theirs.generate(torch.tensor([start]), max_new_tokens=30, do_sample=False)
+        expected = list(generate(ours, encoding, start, 30, temperature=0))
+        ended = [encoding.eot_token] * (len(expected) < 30)
+        assert written[0, len(start) :].tolist() == expected + ended
+
+
+def test_export_is_whole_with_a_card_and_goes_into_an_empty_folder(trained, tmp_path):
+    folder = tmp_path / "x"
+    folder.mkdir()
+    names = {path.name for path in export(trained, folder).iterdir()}
+    assert {"model.safetensors", "config.json", "generation_config.json"} < names
+    assert {"tokenizer.json", "tokenizer_config.json", "README.md"} < names
+    card, result = (folder / "README.md").read_text(), runs.read_result(trained)
+    assert card.startswith("---\nlibrary_name: transformers\n")
+    assert f"loss: {result['val']['loss']}" in card and "tokens: 2048\n" in card
+
+
+def test_what_cannot_be_exported_is_refused_and_nothing_is_left(trained, tmp_path, monkeypatch):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not an empty folder; name a new one"):
+        export(trained, tmp_path / "full")
+    unfinished = shutil.copytree(trained, tmp_path / "run")
+    (unfinished / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"no result\.json, so it is not finished; start it again"):
+        export(unfinished, tmp_path / "out" / "x")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "transformers", None)  # importing it fails
+        with pytest.raises(ValueError, match=r'pip install -e "\.\[export\]"'):
+            export(trained, tmp_path / "out" / "x")
+    with monkeypatch.context() as patch:
+        patch.setattr(tiktoken.Encoding, "eot_token", 0)  # as where special tokens lie elsewhere
+        with pytest.raises(ValueError, match=r"tokenizer='bpe' cannot be exported; train with "):
+            export(trained, tmp_path / "out" / "x")
+    monkeypatch.setattr(inference, "_card", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):  # all else is written by then
+        export(trained, tmp_path / "out" / "x")
+    assert list((tmp_path / "out").iterdir()) == []
