@@ -12,7 +12,7 @@ import urllib.request
 import nbformat
 import pytest
 
-from llmlib import workbook
+from llmlib import __main__ as workbook
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     """The notebooks with the parameters of a test."""
     folder = tmp_path_factory.mktemp("jupyterlab")
     for stem in workbook.select(None):
-        notebook = nbformat.read(workbook.FOLDER / f"{stem}.ipynb", as_version=4)
+        notebook = nbformat.read(workbook.NOTEBOOKS / f"{stem}.ipynb", as_version=4)
         [parameters] = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
         parameters.source += f'\nscale, runs_dir = "smoke", {str(folder / "runs")!r}'
         nbformat.write(notebook, folder / f"{stem}.ipynb")
@@ -117,7 +117,7 @@ def test_every_cell_runs_in_jupyterlab(lab, folder, browser, stem):
     assert patience.until(lambda page: page.execute_script("return window.outcome")) == "saved"
     notebook = nbformat.read(folder / f"{stem}.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    n_panels = sum("widgets." in cell.source for cell in cells)
+    n_panels = sum("_panel(" in cell.source for cell in cells)
     patience.until(lambda page: len(page.find_elements("css selector", PANEL)) == n_panels)
     browser.save_screenshot(folder / f"{stem}.png")
     assert all(cell.execution_count for cell in cells)
