@@ -75,7 +75,8 @@ def select(only: str | None) -> list[str]:
     chosen: set[str] = set()
     for part in only.split(","):
         first, _, last = part.strip().partition("-")
-        first, last = (name[:2] if name in stems else name.rjust(2, "0") for name in (first, last or first))  # fmt: skip
+        ends = (first, last or first)
+        first, last = (name[:2] if name in stems else name.rjust(2, "0") for name in ends)
         if not (named := [s for s in stems if first <= s[:2] <= last and first.isdigit()]):
             raise ValueError(
                 f"notebook {part.strip()!r} is unknown; choose from {', '.join(stems)}."
@@ -214,7 +215,8 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--scale", default="laptop", choices=SCALES, help="size of everything")
     run.add_argument("--only", metavar="LIST", help="notebooks, such as 03_sizing or 01-03,05")
     what = "set a notebook parameter (repeatable)"
-    run.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help=what)  # fmt: skip
+    pair = {"nargs": 2, "metavar": ("NAME", "VALUE")}
+    run.add_argument("-p", action="append", default=[], help=what, **pair)
     run.add_argument("--runs-dir", default="", help="where records go (runs/local/SCALE)")
     run.set_defaults(call=lambda o: run_all(o.scale, o.only, dict(o.p), o.runs_dir))
     sample = commands.add_parser("sample", help="continue a prompt from a run's weights")

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from llmlib import analysis, plots, runs
+from llmlib import analysis, locks, panels, plots, runs
 
 POLL_SECONDS = 0.5
 CURVE_SECONDS = 10.0  # between drawings of the live curve
@@ -63,7 +63,7 @@ def run_training(run: Path, *, n_processes: int | None = None) -> dict[str, Any]
     """
     live = Live(run)
     while (result := runs.read_result(run)) is None:
-        if owner := runs.lock_owner(run):  # left by an earlier launcher, and still at work
+        if owner := locks.lock_owner(run):  # left by an earlier launcher, and still at work
             live.show(f"attached to {owner}: {progress_line(run)}")
             time.sleep(POLL_SECONDS)
             continue
@@ -159,12 +159,12 @@ class Live:
         self.drawn_at = -math.inf
 
     def show(self, text: str, is_last: bool = False) -> None:
-        if plots.shell() is None:
+        if panels.shell() is None:
             print(f"\r{text}", end="", flush=True)
             return
         self.line = _display({"text/plain": text}, self.line, raw=True)
         is_due = is_last or time.monotonic() > self.drawn_at + CURVE_SECONDS
-        if is_due and plots.is_attended() and (self.run / "metrics.jsonl").exists():
+        if is_due and panels.is_attended() and (self.run / "metrics.jsonl").exists():
             curve = analysis.load_curve(self.run)
             if (curve.kind == "step").sum() > 1:
                 self.curve = _display(plots.training_curve(curve, None), self.curve)
@@ -174,6 +174,6 @@ class Live:
 def _display(what: Any, handle: Any, **options: Any) -> Any:
     """Display something new, or in the place of what the handle displays."""
     if handle is None:
-        return plots.display(what, display_id=True, **options)
+        return panels.display(what, display_id=True, **options)
     handle.update(what, **options)
     return handle

@@ -1,4 +1,4 @@
-"""The figures: one style, one function per figure, data in, figure out; two panels. No torch.
+"""The figures: one style, one function per figure, data in, figure out. No torch.
 
 Every experiment keeps its colour, marker and line style, in the order of the style's cycle. A title
 names what is shown; it states a finding only where the caller, who knows the noise, passes one.
@@ -6,10 +6,8 @@ names what is shown; it states a finding only where the caller, who knows the no
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from llmlib import analysis
+from llmlib import analysis, sizing
 
 STYLE = Path(__file__).with_suffix(".mplstyle")
 BLUE, ORANGE, SKY, BLACK = "#0072B2", "#D55E00", "#56B4E9", "#000000"
@@ -87,17 +85,21 @@ def domain_mix(table: pd.DataFrame, n_shown: int = 15) -> Figure:
     return figure
 
 
+def _spread(table: pd.DataFrame, name: str) -> list[pd.Series]:
+    """Return the distances of the lowest and highest turn from the median, for error bars."""
+    return [table[name] - table[f"{name}_low"], table[f"{name}_high"] - table[name]]
+
+
 @styled
 def speed_ups(table: pd.DataFrame) -> Figure:
-    """Show how much faster our step is than each variant: median over rounds, lowest and highest."""
+    """Show how much faster our step is than each variant: median over turns, lowest and highest."""
     table = table.dropna(subset="speed_up").iloc[:0:-1]
     figure, axes = plt.subplots(figsize=(7.2, 1.2 + 0.34 * len(table)))
-    spread = [table.speed_up - table.speed_up_low, table.speed_up_high - table.speed_up]
-    axes.errorbar(
-        table.speed_up, table.name, xerr=spread, fmt="o", color=BLUE, capsize=3, label="measured"
-    )
+    bars = {"fmt": "o", "color": BLUE, "capsize": 3, "label": "measured"}
+    axes.errorbar(table.speed_up, table.name, xerr=_spread(table, "speed_up"), **bars)
     claims = table.dropna(subset="claim")
-    axes.plot(claims.claim, claims.name, "D", color=ORANGE, fillstyle="none", label="claimed")
+    claimed = {"linestyle": "", "marker": "D", "color": ORANGE, "fillstyle": "none"}
+    axes.plot(claims.claim, claims.name, label="claimed", **claimed)
     axes.axvline(1, color=BLACK, linestyle=":", linewidth=1)
     axes.set(xlabel="Speed of our step over the variant's [ratio]", title="Ablations of the step")
     figure.legend(loc="outside lower center", ncols=2)
@@ -109,12 +111,12 @@ def speed_by_shape(table: pd.DataFrame) -> Figure:
     """Show throughput against size, each shape labelled with its depth and width."""
     figure, axes = plt.subplots(figsize=(7.2, 3.6))
     table = table.dropna(subset="tokens_per_s")
-    low, high = table.tokens_per_s - table.tokens_per_s_low, table.tokens_per_s_high - table.tokens_per_s  # fmt: skip
-    axes.errorbar(table.n_params, table.tokens_per_s, yerr=[low, high], fmt="o", capsize=3)
+    bars = {"yerr": _spread(table, "tokens_per_s"), "fmt": "o", "capsize": 3}
+    axes.errorbar(table.n_params, table.tokens_per_s, **bars)
     for row in table.itertuples():
-        place = (row.n_params, row.tokens_per_s)
-        axes.annotate(row.name, place, xytext=(6, 4), textcoords="offset points", fontsize=9)
-    axes.set(xlabel="Parameters", ylabel="Training tokens per second")
+        place = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 9}
+        axes.annotate(row.name, (row.n_params, row.tokens_per_s), **place)
+    axes.set(xlabel=LABELS["n_params"], ylabel="Training tokens per second")
     axes.set_title("Throughput by size (layers x width)")
     for name in "xy":
         _log_axis(axes, name)
@@ -128,29 +130,21 @@ def loss_by_size(points: pd.DataFrame, answer: pd.DataFrame, marks: dict[str, fl
     ``answer`` as ``sizing.best_size`` returns it; ``marks`` name sizes [parameters].
     """
     figure, axes = plt.subplots(figsize=(7.2, 4))
-    for n_tokens, part in points.groupby("n_tokens"):
-        part = part.sort_values("n_params")
+    for n_tokens, part in points.sort_values("n_params").groupby("n_tokens"):
         axes.plot(part.n_params, part.loss, label=f"measured, {short_number(n_tokens)} tokens")
-    axes.plot(
-        answer.n_params, answer.loss, color=BLACK, linestyle="-", marker="", label="fit, budget"
-    )
-    if "low" in answer:
-        axes.fill_between(answer.n_params, answer.low, answer.high, color=BLACK, alpha=0.15)
+    low, high = points.n_params.min() / 2, points.n_params.max() * 2
+    near = answer[answer.n_params.between(low, high)]
+    axes.plot(near.n_params, near.loss, color=BLACK, linestyle="-", marker="", label="fit, budget")
+    if "low" in near:
+        axes.fill_between(near.n_params, near.low, near.high, color=BLACK, alpha=0.15)
     for i, (name, n_params) in enumerate(marks.items()):
         axes.axvline(n_params, color=BLACK, linestyle=":", linewidth=1)
-        axes.annotate(
-            name,
-            (n_params, 0.98 - 0.08 * i),
-            xycoords=("data", "axes fraction"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="top",
-            fontsize=9,
-        )
-    shown = np.concatenate([points.loss, answer.loss[answer.n_params.between(points.n_params.min() / 2, points.n_params.max() * 2)]])  # fmt: skip
-    axes.set(ylim=(shown.min() - 0.2, shown.max() + 0.2), ylabel=LABELS["val_loss"])
-    axes.set(xlim=(points.n_params.min() / 2, points.n_params.max() * 2), xlabel="Parameters")
-    axes.set_title("Loss by size: measured, and predicted for the budget")
+        place = {"xycoords": ("data", "axes fraction"), "va": "top", "fontsize": 9}
+        axes.annotate(f" {name}", (n_params, 0.98 - 0.08 * i), **place)
+    losses = np.concatenate([points.loss.dropna(), near.loss])
+    axes.set(ylim=(losses.min() - 0.2, losses.max() + 0.2), xlim=(low, high))
+    axes.set(xlabel=LABELS["n_params"], ylabel=LABELS["val_loss"])
+    axes.set_title("Loss by size: measured, and fitted for the budget")
     _log_axis(axes)
     figure.legend(loc="outside lower center", ncols=2)
     return figure
@@ -179,7 +173,8 @@ def lr_sensitivity(table: pd.DataFrame) -> Figure:
         [line] = axes.plot(part.lr, part.loss, label=name)
         best = part.loss.to_numpy().argmin()
         if best in (0, len(part) - 1):
-            axes.plot(part.lr.iloc[best], part.loss.iloc[best], "o", markersize=12, fillstyle="none", color=line.get_color())  # fmt: skip
+            ring = {"markersize": 12, "fillstyle": "none", "color": line.get_color()}
+            axes.plot(part.lr.iloc[best], part.loss.iloc[best], "o", **ring)
     axes.set(xscale="log", xlabel="Peak learning rate", ylabel=LABELS["val_loss"])
     axes.set_title("Loss by learning rate (ring: best at the edge of its grid)")
     axes.legend()
@@ -193,7 +188,7 @@ def recipes(table: pd.DataFrame) -> Figure:
     figure, axes = plt.subplots(figsize=(7.2, 1.2 + 0.5 * len(names)))
     for y, (name, look) in enumerate(looks(names).items()):
         losses = table.loc[table.recipe == name, "loss"]
-        axes.plot(losses, np.full(len(losses), y), linestyle="", marker=look["marker"], color=look["color"])  # fmt: skip
+        axes.plot(losses, np.full(len(losses), y), **(look | {"linestyle": ""}))
         axes.plot(losses.mean(), y, "|", markersize=22, color=BLACK)
     axes.set(yticks=range(len(names)), yticklabels=names, ylim=(-0.6, len(names) - 0.4))
     axes.set(xlabel=LABELS["val_loss"], title="Recipes: a point per seed, a bar at the mean")
@@ -215,7 +210,8 @@ def training_curve(curve: pd.DataFrame, final_loss: float | None) -> Figure:
     plain = {"marker": "", "linestyle": "-"}
     top.plot(steps.seconds, steps.loss, color=SKY, linewidth=0.6, label="training, steps", **plain)
     top.plot(steps.seconds, steps.smoothed, color=BLUE, label="training, smoothed", **plain)
-    top.plot(evals.seconds, evals.val_loss, color=ORANGE, linestyle="--", marker="s", label="validation")  # fmt: skip
+    dashed = {"color": ORANGE, "linestyle": "--", "marker": "s"}
+    top.plot(evals.seconds, evals.val_loss, label="validation", **dashed)
     title = "Loss so far"
     if final_loss is not None:
         top.axhline(final_loss, color=BLACK, linestyle=":", linewidth=1)
@@ -289,95 +285,18 @@ def domain_scores(
     return figure
 
 
-# ------------------------------------------------------------------------- in JupyterLab
-
-
-def shell() -> Any | None:
-    """Return the IPython shell that runs this, if one does; IPython need not be installed."""
-    ipython = sys.modules.get("IPython")
-    return ipython and ipython.get_ipython()
-
-
-def display(what: Any, **options: Any) -> Any:
-    """Display something in the shell that runs this."""
-    from IPython.display import display as show
-
-    return show(what, **options)
-
-
-def is_attended() -> bool:
-    """Say whether a person sits at the front end that runs this cell.
-
-    A front end in which a person can answer a kernel says so with every cell it sends
-    (``allow_stdin`` in Jupyter's messaging protocol); papermill says that nobody can.
-    """
-    parent = getattr(shell(), "get_parent", dict)()
-    return parent.get("content", {}).get("allow_stdin", False)
-
-
-def _panel(draw: Callable[..., Figure], make_controls: Callable[[Any], dict[str, Any]]) -> Any:
-    """Show what ``draw`` makes of some controls, or with nobody to use them its first figure."""
-    if not (is_attended() and find_spec("ipywidgets")):
-        return draw()
-    import ipywidgets
-
-    controls = make_controls(ipywidgets)
-    return ipywidgets.interactive(lambda **values: display(draw(**values)), **controls)
-
-
-def curve_panel(curves: dict[str, pd.DataFrame], smoothing: float) -> Any:
-    """Explore curves by smoothing [share of a run], x axis and choice of runs."""
-
-    def draw(smoothing: float = smoothing, axis: str = "all", chosen: Sequence[str] = ()) -> Figure:
-        shown = {name: analysis.smooth(curves[name], smoothing) for name in chosen or curves}
-        axes = analysis.AXES if axis == "all" else [axis]
-        return compare_curves(shown, axes, names=list(curves))
-
-    return _panel(
-        draw,
-        lambda widgets: {
-            "smoothing": widgets.FloatLogSlider(
-                smoothing, min=-4, max=-0.5, readout_format=".4f", continuous_update=False
-            ),
-            "axis": widgets.Dropdown(options=["all", *analysis.AXES]),
-            "chosen": widgets.SelectMultiple(options=list(curves), description="runs"),
-        },
-    )
-
-
 @styled
 def published_loss(hours: float, flops_per_s: float, tokens_per_parameter: float) -> Figure:
     """Show what the published fits predict for a budget at every size, with one ratio marked."""
-    from llmlib import sizing
-
     flops = hours * 3600 * flops_per_s
     n_params = np.geomspace(flops**0.5 / 1e3, flops**0.5, 121)
     figure, axes = plt.subplots(figsize=(7.2, 3.6))
     for name, fit in sizing.PUBLISHED_FITS.items():
         axes.plot(n_params, fit.loss(n_params, flops / 6 / n_params), marker="", label=name)
-    axes.axvline(
-        sizing.params_at_ratio(flops, tokens_per_parameter), color=BLACK, linestyle=":", marker="",
-        label=f"{tokens_per_parameter:.3g} tokens per parameter",
-    )  # fmt: skip
-    axes.set(xlabel="Parameters", ylabel="Predicted loss [nats/token]")
+    marked, name = sizing.params_at_ratio(flops, tokens_per_parameter), "tokens per parameter"
+    axes.axvline(marked, color=BLACK, linestyle=":", label=f"{tokens_per_parameter:.3g} {name}")
+    axes.set(xlabel=LABELS["n_params"], ylabel="Predicted loss [nats/token]")
     axes.set_title(f"Published fits, {hours:.3g} h at {flops_per_s:.2g} FLOP/s")
     _log_axis(axes)
     axes.legend()
     return figure
-
-
-def sizing_panel(hours: float, flops_per_s: dict[str, float]) -> Any:
-    """Explore ``published_loss`` by budget, device (name: achieved FLOP/s) and ratio."""
-    first = next(iter(flops_per_s))
-
-    def draw(hours: float = hours, device: str = first, ratio: float = 20.0) -> Figure:
-        return published_loss(hours, flops_per_s[device], ratio)
-
-    return _panel(
-        draw,
-        lambda widgets: {
-            "hours": widgets.BoundedFloatText(hours, min=0.001, max=1e5),
-            "device": widgets.Dropdown(options=list(flops_per_s)),
-            "ratio": widgets.FloatLogSlider(20.0, min=-0.5, max=2.5, continuous_update=False),
-        },
-    )

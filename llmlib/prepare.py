@@ -22,17 +22,9 @@ import numpy as np
 import tiktoken
 from tqdm import tqdm
 
-from llmlib import data, runs, tokenizer
+from llmlib import corpus, data, locks, runs, tokenizer
 from llmlib.config import DataConfig, to_json
-from llmlib.corpus import (
-    Corpus,
-    Document,
-    Shard,
-    count_documents,
-    fetch,
-    open_corpus,
-    read_documents,
-)
+from llmlib.corpus import Corpus, Document, Shard, fetch, read_documents
 
 BPE_TRAINING_BYTES = 40_000_000  # text that a trained tokenizer sees
 JOB_BYTES = 500_000  # text per job: enough to hide what Python adds, little enough to share out
@@ -50,7 +42,7 @@ def prepare(
         record = runs.Record(tokens_dir, to_json(config))
         if (tokens_dir / "manifest.json").exists():
             return data.load_manifest(tokens_dir)
-        with runs.lock(tokens_dir):
+        with locks.lock(tokens_dir):
             return _prepare(config, record, n_workers or runs.n_cores())
     except OSError as error:
         if error.errno != errno.ENOSPC:
@@ -63,37 +55,34 @@ def prepare(
 
 def _prepare(config: DataConfig, record: runs.Record, n_workers: int) -> dict[str, Any]:
     # The first visit pins what the corpus is, so that a resumed one reads the same revision.
-    source = record.cached_json("source", lambda: _describe(open_corpus(config)))
-    corpus = open_corpus(replace(config, revision=source["revision"]))
+    def describe() -> dict[str, Any]:
+        texts = corpus.open_corpus(config)
+        return {"revision": texts.revision, "n_documents": corpus.count_documents(texts)}
+
+    source = record.cached_json("source", describe)
+    texts = corpus.open_corpus(replace(config, revision=source["revision"]))
     heldout = heldout_documents(source["n_documents"], config.test_size, config.split_seed)
-    encoding = _tokenizer(config, corpus, set(heldout), record.path)
-    total, unit = (source["n_documents"], "documents") if config.n_tokens is None else (config.n_tokens, "tokens")  # fmt: skip
+    encoding = _tokenizer(config, texts, set(heldout), record.path)
+    total, unit = source["n_documents"], "documents"
+    if config.n_tokens:
+        total, unit = config.n_tokens, "tokens"
     with tqdm(total=total, desc="tokenising", unit=f" {unit}") as bar:
         writer = Writer(tokenizer.DocumentEncoder(encoding), record.path, n_workers, bar)
-        train = writer.write_split(corpus.train, set(heldout), config.n_tokens)
-        official = {name: writer.write_split(shards) for name, shards in corpus.official.items()}
-    n_tokens = _total(train, "n_tokens")
+        train = writer.write_split(texts.train, set(heldout), config.n_tokens)
+        official = {name: writer.write_split(shards) for name, shards in texts.official.items()}
+    about = {"name": encoding.name, "vocab_size": encoding.n_vocab}
+    about |= {"end_of_text": encoding.eot_token, "sha256": tokenizer.tokenizer_hash(encoding)}
     manifest = {
         "source": source | {"config": to_json(config)},
-        "tokenizer": {
-            "name": encoding.name,
-            "vocab_size": encoding.n_vocab,
-            "end_of_text": encoding.eot_token,
-            "sha256": tokenizer.tokenizer_hash(encoding),
-        },
+        "tokenizer": about,
         "dtype": writer.encoder.dtype.str,
-        "n_tokens": n_tokens,
-        "is_whole_corpus": len(train) == len(corpus.train),
-        "is_short_of_n_tokens": config.n_tokens is not None and n_tokens < config.n_tokens,
+        "n_tokens": _total(train, "n_tokens"),
+        "is_whole_corpus": len(train) == len(texts.train),
         "splits": {"train": train, "val": [writer.gather(train, heldout)], **official},
     }
     _check(manifest)
     runs.write_json(record.path / "manifest.json", manifest)
     return manifest
-
-
-def _describe(corpus: Corpus) -> dict[str, Any]:
-    return {"revision": corpus.revision, "n_documents": count_documents(corpus)}
 
 
 def _total(markers: list[Marker], key: str) -> int:
@@ -102,19 +91,18 @@ def _total(markers: list[Marker], key: str) -> int:
 
 def _check(manifest: dict[str, Any]) -> None:
     """Refuse a corpus of another size than it declares, and one without text for both splits."""
-    corpus, n_declared = manifest["source"]["config"]["corpus"], manifest["source"]["n_documents"]
-    n_rows = _total(manifest["splits"]["train"], "n_rows")
+    splits, n_declared = manifest["splits"], manifest["source"]["n_documents"]
+    n_rows = _total(splits["train"], "n_rows")
     if manifest["is_whole_corpus"] and n_rows != n_declared:
         raise ValueError(
-            f"corpus={corpus!r} declares {n_declared} documents but holds {n_rows}; its split cannot "
-            "be trusted. Fetch it again, or give the files as a local folder."
+            f"the corpus declares {n_declared} documents but holds {n_rows}; its split cannot be "
+            "trusted. Fetch it again, or give the files as a local folder."
         )
-    for split in ("train", "val"):
-        if _total(manifest["splits"][split], "n_tokens") == 0:
-            raise ValueError(
-                f"corpus={corpus!r} holds no text for {split} ({n_rows} documents); bring more text "
-                "or raise test_size."
-            )
+    if empty := [name for name in ("train", "val") if not _total(splits[name], "n_tokens")]:
+        raise ValueError(
+            f"the corpus holds no text for {' and '.join(empty)} in {n_rows} documents; bring more "
+            "text or raise test_size."
+        )
 
 
 def heldout_documents(n_documents: int, test_size: float, seed: int) -> list[int]:
@@ -131,24 +119,24 @@ def heldout_documents(n_documents: int, test_size: float, seed: int) -> list[int
 
 
 def _tokenizer(
-    config: DataConfig, corpus: Corpus, heldout: set[int], folder: Path
+    config: DataConfig, texts: Corpus, heldout: set[int], folder: Path
 ) -> tiktoken.Encoding:
     path = folder / "tokenizer.json"
     if path.exists():
         return tokenizer.load_tokenizer(path)
     if config.tokenizer == "bpe":
-        texts = _training_texts(corpus, heldout, config.n_tokens)
-        encoding = tokenizer.train_bpe(texts, config.bpe_vocab_size)
+        training = _training_texts(texts, heldout, config.n_tokens)
+        encoding = tokenizer.train_bpe(training, config.bpe_vocab_size)
     else:
         encoding = tokenizer.load_tiktoken(config.tokenizer)
     runs.write_atomic(path, tokenizer.save_tokenizer(encoding))
     return encoding
 
 
-def _training_texts(corpus: Corpus, heldout: set[int], n_tokens: int | None) -> Iterator[str]:
+def _training_texts(texts: Corpus, heldout: set[int], n_tokens: int | None) -> Iterator[str]:
     """Yield training documents up to BPE_TRAINING_BYTES, from shards that ``n_tokens`` surely needs."""
     n_bytes = index = 0
-    for shard in corpus.train:
+    for shard in texts.train:
         for document in read_documents(fetch(shard)):
             if index not in heldout and document.raw:
                 yield document.text
@@ -218,7 +206,7 @@ class Writer:
         """Encode documents in order; only a few jobs are under way, so memory stays flat."""
         pending: deque = deque()
         with ThreadPoolExecutor(self.n_workers) as pool:
-            for documents in _groups(read_documents(shard)):
+            for documents in corpus.groups(read_documents(shard), JOB_BYTES):
                 pending.append(pool.submit(self._encode, documents, offset, heldout))
                 offset += len(documents)
                 if len(pending) > 4 * self.n_workers:
@@ -259,19 +247,6 @@ class Writer:
                 if index in found:
                     file.append(*found[index])
             return file.finish()
-
-
-def _groups(documents: Iterator[Document]) -> Iterator[list[Document]]:
-    """Gather documents until they hold JOB_BYTES of text."""
-    group, size = [], 0
-    for document in documents:
-        group.append(document)
-        size += len(document.raw or b"") + 1
-        if size >= JOB_BYTES:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 class TokenFile:

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmlib import checkpoint, data, runs, step
+from llmlib import checkpoint, data, locks, runs, step
 from llmlib.resume import ResumableRun, not_saved
 from llmlib.schedule import lr_factor
 
@@ -259,13 +259,13 @@ def watch_signals() -> Callable[[], str | None]:
 def train_run(run: Path, must_stop: Callable[[], str | None], local_rank: int) -> int:
     """Train one run and return an exit status; what was wrong is printed."""
     try:
-        with runs.lock(run) if step.is_main() else nullcontext():
+        with locks.lock(run) if step.is_main() else nullcontext():
             if runs.read_result(run) is None:
                 trainer = Trainer(run, local_rank=local_rank)
                 trainer.must_stop = must_stop
                 trainer.run()
         return 0
-    except (ValueError, runs.Locked, Diverged) as error:
+    except (ValueError, locks.Locked, Diverged) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 3 if isinstance(error, Diverged) else 2
     except RuntimeError as error:

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from llmlib import checkpoint, runs
+from llmlib import checkpoint, locks, runs
 from llmlib.config import override
 from llmlib.tests.conftest import FP32, SMOKE
 from llmlib.train import Stopped, Trainer
@@ -97,7 +97,7 @@ def test_job_stops_on_a_signal_and_has_saved(make_run, start_training, smoke_tok
 
 def test_locked_run_refuses_the_whole_job(make_run, start_training, smoke_tokens):
     run = make_run(CONFIG)
-    with runs.lock(run):
+    with locks.lock(run):
         status, output = start_training(run, job=JOB).finish()
     assert status != 0
     assert f"error: {run.name} is in use by process {os.getpid()}" in output

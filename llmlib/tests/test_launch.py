@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmlib import checkpoint, launch, plots, runs
+from llmlib import checkpoint, launch, locks, panels, runs
 from llmlib.config import override
 from llmlib.tests.conftest import FP32
 
@@ -57,7 +57,7 @@ def test_interrupting_the_cell_saves_the_run_first(make_run):
     once_it_trains(run, lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         launch.run_training(run)
-    assert runs.lock_owner(run) is None
+    assert locks.lock_owner(run) is None
     newest = int(checkpoint.newest_valid(run / "checkpoints").name)
     assert newest == runs.read_metrics(run, "step").step.max()
     assert "received SIGINT: saved and stopped" in launch.log_tail(run)
@@ -77,7 +77,7 @@ def test_run_whose_launcher_is_gone_saves_and_leaves(make_run):
 def test_launching_again_attaches_to_a_run_that_is_still_there(make_run, capsys, monkeypatch):
     run = make_run(SHORT)
     owners = iter(["process 1 on here", "process 1 on here"])
-    monkeypatch.setattr(launch.runs, "lock_owner", lambda _: next(owners, None))
+    monkeypatch.setattr(launch.locks, "lock_owner", lambda _: next(owners, None))
     assert launch.run_training(run)["n_steps"] == 5
     assert "attached to process 1 on here" in capsys.readouterr().out
 
@@ -95,7 +95,7 @@ def test_interrupting_many_runs_stops_them_all(make_run):
     once_it_trains(many[0], lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         launch.run_many(many)
-    assert [runs.lock_owner(run) for run in many] == [None, None]
+    assert [locks.lock_owner(run) for run in many] == [None, None]
 
 
 def test_progress_says_where_a_run_is(make_run):
@@ -122,8 +122,8 @@ def test_notebook_sees_one_line_and_one_curve_updated_in_place(make_run, monkeyp
         shown.append(what)
         return SimpleNamespace(update=lambda what, **_: shown.append("update"))
 
-    monkeypatch.setattr(plots, "shell", Front)
-    monkeypatch.setattr(plots, "display", display)
+    monkeypatch.setattr(panels, "shell", Front)
+    monkeypatch.setattr(panels, "display", display)
     monkeypatch.setattr(launch, "CURVE_SECONDS", 0.0)
     launch.run_training(run)
     assert [type(what).__name__ for what in shown if what != "update"] == ["dict", "Figure"]

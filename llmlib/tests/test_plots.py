@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llmlib import plots
+from llmlib import panels, plots
 
 DOMAINS = pd.DataFrame(
     {"domain": ["a", "b"], "tokens": [9, 1], "share": [0.9, 0.1], "bytes_per_token": [3.0, 4.0]}
@@ -123,13 +123,13 @@ def test_numbers_read_short(value, text):
 
 
 def test_panels_are_plain_figures_where_nobody_can_touch_them():
-    assert isinstance(plots.curve_panel({"one": CURVE}, 0.1), plt.Figure)
-    assert isinstance(plots.sizing_panel(3.0, {"here": 1e12}), plt.Figure)
+    assert isinstance(panels.curve_panel({"one": CURVE}, 0.1), plt.Figure)
+    assert isinstance(panels.sizing_panel(3.0, {"here": 1e12}), plt.Figure)
 
 
 def test_panels_have_controls_where_somebody_can(monkeypatch):
     widgets = pytest.importorskip("ipywidgets")
-    monkeypatch.setattr(plots, "is_attended", lambda: True)
-    curves = plots.curve_panel({"one": CURVE, "two": CURVE}, 0.1)
-    assert isinstance(curves, widgets.VBox) and len(curves.children) == 4
-    assert len(plots.sizing_panel(3.0, {"here": 1e12}).children) == 4
+    monkeypatch.setattr(panels, "is_attended", lambda: True)
+    curves = panels.curve_panel({"one": CURVE, "two": CURVE}, 0.1)
+    assert isinstance(curves, widgets.VBox) and len(curves.children) == 3
+    assert len(panels.sizing_panel(3.0, {"here": 1e12}).children) == 4

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmlib import corpus, data, prepare, runs
+from llmlib import corpus, data, locks, prepare
 from llmlib.config import DataConfig, to_json
 from llmlib.runs import ROOT
 from llmlib.tests.hub_server import parquet, texts, write_corpus
@@ -116,7 +116,7 @@ def test_manifest_counts_documents_bytes_and_tokens_per_domain(
         assert counts["bytes"] + val_counts["bytes"] == sum(len(d.raw) for d in documents)
         assert counts["tokens"] == shard["n_tokens"]
     assert manifest["n_tokens"] == sum(s["n_tokens"] for s in manifest["splits"]["train"])
-    assert manifest["is_whole_corpus"] and not manifest["is_short_of_n_tokens"]
+    assert manifest["is_whole_corpus"]
 
 
 def test_workers_and_job_size_do_not_change_a_byte(
@@ -255,7 +255,7 @@ def test_other_config_is_refused_with_what_differs(prepared: Path, pajama: Path)
 
 
 def test_two_processes_cannot_prepare_the_same_tokens(pajama: Path, tmp_path: Path) -> None:
-    with runs.lock(tmp_path), pytest.raises(runs.Locked):
+    with locks.lock(tmp_path), pytest.raises(locks.Locked):
         prepare.prepare(_config(pajama), tmp_path)
 
 
@@ -270,14 +270,14 @@ def test_n_tokens_stops_after_the_shard_that_reaches_it(
     manifest = prepare.prepare(_config(pajama, n_tokens=wanted), tmp_path)
     assert len(manifest["splits"]["train"]) == 2
     assert manifest["n_tokens"] >= wanted and second["n_tokens"] > 1
-    assert not manifest["is_whole_corpus"] and not manifest["is_short_of_n_tokens"]
+    assert not manifest["is_whole_corpus"]
     everything = _texts(prepared, "val")
     assert _texts(tmp_path, "val") == [t for t in everything if t.split("-")[0] in ("0", "1")]
 
 
 def test_more_tokens_than_there_are_takes_all_and_says_so(pajama: Path, tmp_path: Path) -> None:
     manifest = prepare.prepare(_config(pajama, n_tokens=10**9), tmp_path)
-    assert manifest["is_whole_corpus"] and manifest["is_short_of_n_tokens"]
+    assert manifest["is_whole_corpus"] and manifest["n_tokens"] < 10**9
     assert len(manifest["splits"]["train"]) == 4
 
 

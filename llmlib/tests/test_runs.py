@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 
-from llmlib import runs
+from llmlib import locks, runs
 from llmlib.config import SCALES
 
 
@@ -144,19 +144,19 @@ def test_tensorboard_gets_a_copy_in_which_a_run_that_went_back_has_every_step_on
 
 
 def test_lock_names_its_owner_and_dies_with_it(tmp_path):
-    code = "import sys, time; from pathlib import Path; from llmlib import runs\n"
-    code += "with runs.lock(Path(sys.argv[1])): print('mine', flush=True); time.sleep(600)"
+    code = "import sys, time; from pathlib import Path; from llmlib import locks\n"
+    code += "with locks.lock(Path(sys.argv[1])): print('mine', flush=True); time.sleep(600)"
     owner = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
     assert owner.stdout.readline() == b"mine\n"
     name = f"process {owner.pid} on {socket.gethostname()}"
-    assert runs.lock_owner(tmp_path) == name
-    with pytest.raises(runs.Locked, match=f"in use by {name}"), runs.lock(tmp_path):
+    assert locks.lock_owner(tmp_path) == name
+    with pytest.raises(locks.Locked, match=f"in use by {name}"), locks.lock(tmp_path):
         pass
     owner.kill()
     owner.wait()
-    assert runs.lock_owner(tmp_path) is None
-    with runs.lock(tmp_path):
-        assert runs.lock_owner(tmp_path) == f"process {os.getpid()} on {socket.gethostname()}"
+    assert locks.lock_owner(tmp_path) is None
+    with locks.lock(tmp_path):
+        assert locks.lock_owner(tmp_path) == f"process {os.getpid()} on {socket.gethostname()}"
 
 
 class NoLocks(filelock.FileLock):
@@ -167,13 +167,13 @@ class NoLocks(filelock.FileLock):
 
 
 def test_without_locks_a_file_with_host_and_process_takes_their_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(runs.filelock, "FileLock", NoLocks)
-    with runs.lock(tmp_path):
-        assert runs.lock_owner(tmp_path) == f"process {os.getpid()} on {socket.gethostname()}"
-        with pytest.raises(runs.Locked, match=rf"rm {tmp_path / 'lock'}"), runs.lock(tmp_path):
+    monkeypatch.setattr(locks.filelock, "FileLock", NoLocks)
+    with locks.lock(tmp_path):
+        assert locks.lock_owner(tmp_path) == f"process {os.getpid()} on {socket.gethostname()}"
+        with pytest.raises(locks.Locked, match=rf"rm {tmp_path / 'lock'}"), locks.lock(tmp_path):
             pass
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (tmp_path / "lock").write_text(f"{dead.pid}\n{socket.gethostname()}\n")
-    with runs.lock(tmp_path):
+    with locks.lock(tmp_path):
         pass

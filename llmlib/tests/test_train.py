@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmlib import budget, checkpoint, data, prepare, resume, runs, step, train
+from llmlib import budget, checkpoint, data, locks, prepare, resume, runs, step, train
 from llmlib.config import SCALES, DataConfig, override
 from llmlib.schedule import lr_factor
 from llmlib.step import compile_model
@@ -95,7 +95,7 @@ def test_killed_run_matches_uninterrupted_run(make_run, start_training, smoke_to
         training.process.kill()  # cannot be caught
         assert training.finish()[0] == -signal.SIGKILL
         assert not (run / "result.json").exists()
-        assert runs.lock_owner(run) is None  # the lock died with its owner
+        assert locks.lock_owner(run) is None  # the lock died with its owner
     trainer(run, smoke_tokens, LONG).run()
     assert sum(e.startswith("went back to step") for e in events(run)) == 3
     assert_same_run(run, undisturbed)
@@ -131,14 +131,14 @@ def test_second_process_on_a_run_is_refused_and_changes_nothing(
     make_run, smoke_tokens, monkeypatch, capsys
 ):
     run = make_run(FP32)
-    with runs.lock(run):
+    with locks.lock(run):
         before = {path: path.read_bytes() for path in run.iterdir()}
         assert main(run, monkeypatch) == 2
         assert {path: path.read_bytes() for path in run.iterdir()} == before
         owner = f"process {os.getpid()} on {socket.gethostname()}"
-        assert runs.lock_owner(run) == owner
+        assert locks.lock_owner(run) == owner
     assert f"error: {run.name} is in use by {owner}" in capsys.readouterr().err
-    assert runs.lock_owner(run) is None
+    assert locks.lock_owner(run) is None
 
 
 def test_finished_run_is_left_as_it_is(make_run, smoke_tokens, monkeypatch):

@@ -14,7 +14,7 @@ import papermill
 import pytest
 
 from llmlib import __main__ as workbook
-from llmlib import checkpoint, runs
+from llmlib import checkpoint, locks, runs
 
 STEMS = ["01_data_prep", "02_throughput", "03_sizing", "04_recipe", "05_full_run", "06_loss_curves"]
 
@@ -249,7 +249,7 @@ def test_an_interrupted_workbook_has_saved_and_goes_on_where_it_stopped(
         _, errors = process.communicate()
         assert process.returncode == 130
         assert b"goes on where this one stopped" in errors
-        while runs.lock_owner(record):
+        while locks.lock_owner(record):
             time.sleep(0.1)
         seen = runs.read_metrics(record, "step").step.max()
         assert int(checkpoint.newest_valid(record / "checkpoints").name) == seen
