@@ -11,6 +11,9 @@ from pathlib import Path
 import filelock
 
 
+KINDS = {"lock": "FileLock", "lock.soft": "SoftFileLock"}  # the second where there is no first
+
+
 class Locked(Exception):
     """Another process is at work in the folder."""
 
@@ -26,7 +29,7 @@ def lock(path: Path) -> Iterator[None]:
     if held is None:
         raise Locked(
             f"{path.name} is in use by {_owner(path)}; wait for it, or stop that process first. "
-            f"If that host is gone: rm {path / 'lock'}"
+            f"If that host is gone: rm {path / 'lock.soft'}"
         )
     try:
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
@@ -38,7 +41,7 @@ def lock(path: Path) -> Iterator[None]:
 
 def lock_owner(path: Path) -> str | None:
     """Name the live process that owns a folder, if there is one."""
-    if not (path / "lock").exists():
+    if not any((path / name).exists() for name in KINDS):
         return None
     if (held := _acquire(path, timeout=0.0)) is None:
         return _owner(path)
@@ -47,9 +50,9 @@ def lock_owner(path: Path) -> str | None:
 
 
 def _acquire(path: Path, timeout: float) -> filelock.BaseFileLock | None:
-    for kind in (filelock.FileLock, filelock.SoftFileLock):
-        with contextlib.suppress(OSError):  # no locks here
-            held = kind(path / "lock", is_singleton=False)
+    for name, kind in KINDS.items():
+        with contextlib.suppress(OSError):  # the file system has none of this kind
+            held = getattr(filelock, kind)(path / name, is_singleton=False)
             try:
                 return held.acquire(timeout=timeout).lock
             except filelock.Timeout:

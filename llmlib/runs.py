@@ -104,7 +104,7 @@ class Record:
         path = self.path / f"{name}.csv"
         if not path.exists():
             write_atomic(path, make().to_csv(index=False))
-        return pd.read_csv(path)
+        return pd.read_csv(path, float_precision="round_trip")
 
     def cached_json(self, name: str, make: Callable[[], Any]) -> Any:
         """Return the named value, computing it only if the record does not hold it yet."""

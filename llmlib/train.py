@@ -268,7 +268,7 @@ def train_run(run: Path, must_stop: Callable[[], str | None], local_rank: int) -
     except (ValueError, locks.Locked, Diverged) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 3 if isinstance(error, Diverged) else 2
-    except RuntimeError as error:
+    except (RuntimeError, OSError, AssertionError) as error:
         traceback.print_exc()
         text = (
             f"error: process {step.rank()} of {step.world_size()} cannot go on ({error!s:.120}); if "

@@ -102,10 +102,3 @@ def test_locked_run_refuses_the_whole_job(make_run, start_training, smoke_tokens
     assert status != 0
     assert f"error: {run.name} is in use by process {os.getpid()}" in output
     assert not (run / "checkpoints").exists()
-
-
-def test_mistake_in_the_config_ends_the_whole_job(make_run, start_training, smoke_tokens):
-    run = make_run(override(CONFIG, micro_batch=3, grad_accum=1))
-    status, output = start_training(run, job=JOB).finish()
-    assert status != 0
-    assert "error: micro_batch x grad_accum = 3 sequences do not divide among 2" in output

@@ -160,9 +160,10 @@ def test_lock_names_its_owner_and_dies_with_it(tmp_path):
 
 
 class NoLocks(filelock.FileLock):
-    """A lock on a file system that has none."""
+    """A lock on a file system that has none: its file is made, and stays empty."""
 
     def _acquire(self):
+        open(self.lock_file, "a").close()
         raise OSError(37, "No locks available")
 
 
@@ -170,10 +171,13 @@ def test_without_locks_a_file_with_host_and_process_takes_their_place(tmp_path, 
     monkeypatch.setattr(locks.filelock, "FileLock", NoLocks)
     with locks.lock(tmp_path):
         assert locks.lock_owner(tmp_path) == f"process {os.getpid()} on {socket.gethostname()}"
-        with pytest.raises(locks.Locked, match=rf"rm {tmp_path / 'lock'}"), locks.lock(tmp_path):
+        with (
+            pytest.raises(locks.Locked, match=rf"rm {tmp_path / 'lock.soft'}"),
+            locks.lock(tmp_path),
+        ):
             pass
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    (tmp_path / "lock").write_text(f"{dead.pid}\n{socket.gethostname()}\n")
+    (tmp_path / "lock.soft").write_text(f"{dead.pid}\n{socket.gethostname()}\n")
     with locks.lock(tmp_path):
         pass
