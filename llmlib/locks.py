@@ -10,7 +10,6 @@ from pathlib import Path
 
 import filelock
 
-
 KINDS = {"lock": "FileLock", "lock.soft": "SoftFileLock"}  # the second where there is no first
 
 
