@@ -79,7 +79,7 @@ def domain_mix(table: pd.DataFrame, n_shown: int = 15) -> Figure:
     left.barh(table.domain, 100 * table.share, color=BLUE)
     left.set(xlabel="Share of training tokens [%]", title="The largest domains")
     right.plot(table.bytes_per_token, table.domain, "o", color=ORANGE)
-    right.set(xlabel="Text per token [bytes]", xlim=(0, None))
+    right.set(xlabel="Text per token [bytes]", xlim=(0, 1.1 * table.bytes_per_token.max()))
     for axes in (left, right):
         axes.grid(axis="y", visible=False)
     return figure
