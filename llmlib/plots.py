@@ -141,8 +141,8 @@ def loss_by_size(points: pd.DataFrame, answer: pd.DataFrame, marks: dict[str, fl
         axes.axvline(n_params, color=BLACK, linestyle=":", linewidth=1)
         place = {"xycoords": ("data", "axes fraction"), "va": "top", "fontsize": 9}
         axes.annotate(f" {name}", (n_params, 0.98 - 0.08 * i), **place)
-    losses = np.concatenate([points.loss.dropna(), near.loss])
-    axes.set(ylim=(losses.min() - 0.2, losses.max() + 0.2), xlim=(low, high))
+    lowest = min(points.loss.min(), near.loss.min())  # the fit may rise without bound
+    axes.set(ylim=(lowest - 0.2, points.loss.max() + 0.2), xlim=(low, high))
     axes.set(xlabel=LABELS["n_params"], ylabel=LABELS["val_loss"])
     axes.set_title("Loss by size: measured, and fitted for the budget")
     _log_axis(axes)
