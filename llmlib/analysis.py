@@ -18,30 +18,30 @@ from llmlib.sizing import flops_per_token
 AXES = ["tokens", "seconds", "flops"]
 CURVE_COLUMNS = ["kind", "step", *AXES, "loss", "val_loss", "lr", "grad_norm"]
 
-# ------------------------------------------------------------------------- curves
-
 
 def find_runs(*folders: Path) -> dict[str, Path]:
-    """Find the training runs in the folders, finished or not, by name.
-
-    From the second folder on, its name comes first. Trials of a study lie deeper.
-    """
+    """Find the training runs in the folders, finished or not; trials of a study lie deeper."""
+    found = _find("*/metrics.jsonl", folders)
     return {
-        (path.parent.relative_to(folder.parent if i else folder)).as_posix(): path.parent
-        for i, folder in enumerate(folders)
-        for path in sorted(folder.glob("*/metrics.jsonl"))
+        str(name.parent): path.parent
+        for name, path in found
         if (path.parent / "config.json").exists()
     }
 
 
 def find_external(*folders: Path) -> dict[str, Path]:
     """Find other people's curves: CSV or JSONL files in any folder named ``external``."""
-    return {
-        path.relative_to(folder).as_posix(): path
-        for folder in folders
-        for path in sorted(folder.glob("**/external/*"))
-        if path.suffix in (".csv", ".jsonl")
-    }
+    found = _find("**/external/*", folders)
+    return {str(name): path for name, path in found if path.suffix in (".csv", ".jsonl")}
+
+
+def _find(pattern: str, folders: tuple[Path, ...]) -> list[tuple[Path, Path]]:
+    """List matching files by name; names in the second folder and later begin with that folder's."""
+    return [
+        (path.relative_to(folder.parent if i else folder), path)
+        for i, folder in enumerate(folders)
+        for path in sorted(folder.glob(pattern))
+    ]
 
 
 def load_curve(run: Path) -> pd.DataFrame:
@@ -58,14 +58,11 @@ def load_external(path: Path) -> pd.DataFrame:
         table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_json(path, lines=True)
         curve = table.reindex(columns=CURVE_COLUMNS[1:]).astype(float)
     except ValueError as error:
+        raise ValueError(f"{path} is no table of numbers ({error}); mend or remove it.") from error
+    if not {"step", "loss"} <= set(table):
         raise ValueError(
-            f"{path} is not a table of numbers ({error}); mend or remove it."
-        ) from error
-    if missing := [column for column in ("step", "loss") if column not in table]:
-        raise ValueError(
-            f"{path} has no column {' and no column '.join(missing)} (it has "
-            f"{', '.join(table.columns)}); a curve needs step and loss [nats/token], and may have "
-            "tokens, seconds, flops and val_loss."
+            f"{path} has the columns {', '.join(table)}; a curve needs step and loss [nats/token], "
+            "and may have tokens, seconds, flops and val_loss."
         )
     steps = curve.dropna(subset="loss").assign(kind="step", val_loss=math.nan)
     evals = curve.dropna(subset="val_loss").assign(kind="eval", loss=math.nan)
@@ -94,17 +91,19 @@ def fit_slope(curve: pd.DataFrame, n_bins: int = 16) -> dict[str, float]:
     return {"slope": float(fit.slope), "standard_error": float(fit.stderr)}
 
 
+def mean_interval(values: ArrayLike) -> dict[str, float]:
+    """Mean of n runs with its 95 % interval (Student's t); failed runs (NaN) are left out."""
+    values = np.asarray(values, float)
+    values = values[np.isfinite(values)]
+    n, mean = len(values), float(values.mean()) if len(values) else math.nan
+    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values)) if n > 1 else math.nan
+    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+
+
 def paired_difference(ours: ArrayLike, theirs: ArrayLike) -> dict[str, float]:
-    """Compare runs seed by seed: mean of ours - theirs with its 95 % interval (Student's t)."""
-    difference = np.asarray(ours, float) - np.asarray(theirs, float)
-    n = len(difference)
-    low = high = math.nan
-    if n > 1:
-        low, high = stats.t.interval(0.95, n - 1, difference.mean(), stats.sem(difference))
-    return {"difference": float(difference.mean()), "low": float(low), "high": float(high), "n": n}
-
-
-# ------------------------------------------------------------------------- text
+    """Compare runs seed by seed: mean of ours - theirs with its 95 % interval."""
+    found = mean_interval(np.asarray(ours, float) - np.asarray(theirs, float))
+    return {"difference": found.pop("mean")} | found
 
 
 def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
@@ -147,36 +146,27 @@ def domain_scores(scores: dict[str, dict[str, float]], split: list[dict[str, Any
 
 def domain_comparison(found: dict[str, Path]) -> pd.DataFrame:
     """Put the domain scores of all finished runs below each other; empty if none has any."""
-    summaries = {
-        name: runs.read_json(path / "summary.json")
-        for name, path in found.items()
-        if (path / "summary.json").exists()
-    }
+    summaries = {name: path / "summary.json" for name, path in found.items()}
     return pd.DataFrame(
-        [{"run": name} | row for name, s in summaries.items() for row in s.get("by_domain", [])]
+        {"run": name} | row
+        for name, path in summaries.items()
+        if path.exists()
+        for row in runs.read_json(path).get("by_domain", [])
     )
 
 
 def results_table(found: dict[str, Path]) -> pd.DataFrame:
     """One row per finished run: size, tokens, and the final scores on the validation split."""
+    results = {name: runs.read_result(path) for name, path in found.items()}
     rows = []
-    for name, path in found.items():
-        if (result := runs.read_result(path)) is None:
+    for name, result in results.items():
+        if result is None:
             continue
-        config = runs.read_config(path)
-        ratio = config["data"].get("val_tokens_per_byte")
-        rows.append(
-            {
-                "run": name,
-                "arch": config["model"]["arch"],
-                "parameters": result["n_params"],
-                "tokens": result["n_tokens"],
-                "seconds": sum(result["seconds"].values()),
-                "loss": result["val"]["loss"],
-                "perplexity": result["val"]["perplexity"],
-                "accuracy": result["val"]["accuracy"],
-                "bits_per_byte": ratio and bits_per_byte(result["val"]["loss"], ratio),
-                "val_sha256": result["val_sha256"][:8],
-            }
-        )
+        config, val = runs.read_config(found[name]), result["val"]
+        row = {"run": name, "arch": config["model"]["arch"], "parameters": result["n_params"]}
+        row |= {"tokens": result["n_tokens"], "seconds": sum(result["seconds"].values())}
+        row |= {score: val[score] for score in ("loss", "perplexity", "accuracy")}
+        if ratio := config["data"].get("val_tokens_per_byte"):
+            row["bits_per_byte"] = bits_per_byte(val["loss"], ratio)
+        rows.append(row | {"val_sha256": result["val_sha256"][:8]})
     return pd.DataFrame(rows).sort_values("loss", ignore_index=True) if rows else pd.DataFrame()

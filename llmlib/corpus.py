@@ -196,16 +196,3 @@ def _rows(shard: Shard) -> Iterator[Document]:
         metas = table.column("meta").to_pylist() if "meta" in names else [None] * len(texts)
         for raw, meta in zip(texts, metas, strict=True):
             yield Document(raw, (isinstance(meta, dict) and meta.get(DOMAIN)) or "all")
-
-
-def groups(documents: Iterator[Document], n_bytes: int) -> Iterator[list[Document]]:
-    """Gather documents until they hold ``n_bytes`` of text."""
-    group, size = [], 0
-    for document in documents:
-        group.append(document)
-        size += len(document.raw or b"") + 1
-        if size >= n_bytes:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group

@@ -6,6 +6,7 @@ Batches are a pure function of (seed, step, rank), so resuming means knowing the
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from llmlib import runs
 
@@ -25,44 +27,41 @@ from llmlib import runs
 class TokenFiles:
     """One split on disk. Files are mapped anew for each batch, so resident memory stays flat."""
 
-    folder: Path
-    files: tuple[str, ...]
-    lengths: tuple[int, ...]
+    files: list[Path]
+    lengths: list[int]  # [tokens]
     dtype: str
 
     def read(self, file: int) -> np.ndarray:
         """Map a file; what was read of it leaves memory with the last view of the result."""
-        return np.asarray(np.memmap(self.folder / self.files[file], dtype=self.dtype, mode="r"))
+        return np.asarray(np.memmap(self.files[file], dtype=self.dtype, mode="r"))
 
     def streams(self) -> Iterator[np.ndarray]:
         return map(self.read, range(len(self.files)))
 
 
-def open_split(tokens_dir: Path, split: str) -> TokenFiles:
-    """Open a prepared split: "train", "val" (documents held out of it), or an official one."""
-    manifest = load_manifest(tokens_dir)
-    if split not in manifest["splits"]:
-        raise ValueError(
-            f"split={split!r} is not in these tokens; choose from {', '.join(manifest['splits'])}."
-        )
-    shards = [shard for shard in manifest["splits"][split] if shard["n_tokens"]]
-    itemsize = np.dtype(manifest["dtype"]).itemsize
-    for shard in shards:
-        path = tokens_dir / shard["file"]
-        if not path.exists() or path.stat().st_size != shard["n_tokens"] * itemsize:
-            raise ValueError(
-                f"{shard['file']} is missing or has another size than its manifest says; "
-                "run 01_data_prep with verify=True, which rebuilds it."
-            )
-    files, lengths = (tuple(shard[key] for shard in shards) for key in ("file", "n_tokens"))
-    return TokenFiles(tokens_dir, files, lengths, manifest["dtype"])
-
-
 def load_manifest(tokens_dir: Path) -> dict[str, Any]:
-    """Read the manifest of prepared tokens."""
+    """Read what ``prepare`` wrote last: source, tokenizer, and the token files of each split."""
     if not (tokens_dir / "manifest.json").exists():
         raise ValueError(f"run 01_data_prep first: there is no manifest in {tokens_dir}.")
     return runs.read_json(tokens_dir / "manifest.json")
+
+
+def open_split(tokens_dir: Path, split: str) -> TokenFiles:
+    """Open a prepared split: "train", "val" (documents held out of it), or an official one."""
+    manifest = load_manifest(tokens_dir)
+    splits, dtype = manifest["splits"], manifest["dtype"]
+    if split not in splits:
+        raise ValueError(
+            f"split={split!r} is not in these tokens; choose from {', '.join(splits)}."
+        )
+    lengths = {tokens_dir / s["file"]: s["n_tokens"] for s in splits[split] if s["n_tokens"]}
+    for path, length in lengths.items():
+        if not path.exists() or path.stat().st_size != length * np.dtype(dtype).itemsize:
+            raise ValueError(
+                f"{path.name} is missing or has another size than its manifest says; "
+                "run 01_data_prep with verify=True, which rebuilds it."
+            )
+    return TokenFiles([*lengths], [*lengths.values()], dtype)
 
 
 class Batches:
@@ -73,47 +72,43 @@ class Batches:
     """
 
     def __init__(self, tokens: TokenFiles, seq_len: int, n_sequences: int, *, seed: int = 0):
-        self.tokens, self.seq_len, self.n_sequences, self.seed = tokens, seq_len, n_sequences, seed
-        counts = [max(0, (length - 1) // seq_len) for length in tokens.lengths]
-        self.first_of_file = np.cumsum([0, *counts])
+        self.tokens, self.seq_len, self.n_sequences = tokens, seq_len, n_sequences
+        self.first_of_file = np.cumsum([0, *((n - 1) // seq_len for n in tokens.lengths)])
         self.n_windows = int(self.first_of_file[-1])
         if self.n_windows == 0:
-            raise ValueError(
-                f"{sum(tokens.lengths)} tokens are too few for one window of {seq_len + 1}; "
-                "bring more text or lower seq_len."
-            )
-        self._permutation = lru_cache(maxsize=2)(self._permute)
+            raise _too_few("train", sum(tokens.lengths), seq_len)
 
-    def _permute(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(self.n_windows)
+        @lru_cache(maxsize=2)
+        def permutation(epoch: int) -> np.ndarray:
+            return np.random.default_rng([seed, epoch]).permutation(self.n_windows)
+
+        self._permutation = permutation
 
     def indices(self, step: int) -> np.ndarray:
         """Return the windows of one step: a pure function of (seed, step)."""
-        position = np.arange(step * self.n_sequences, (step + 1) * self.n_sequences)
-        epochs, places = position // self.n_windows, position % self.n_windows
-        return np.array([self._permutation(int(e))[p] for e, p in zip(epochs, places, strict=True)])
+        positions = range(step * self.n_sequences, (step + 1) * self.n_sequences)
+        places = (divmod(position, self.n_windows) for position in positions)
+        return np.array([self._permutation(epoch)[place] for epoch, place in places])
 
-    def batch(
-        self, step: int, *, rank: int = 0, world_size: int = 1
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
         """Read this rank's share of a step: inputs and targets, each (n_sequences / world_size, T)."""
         share = self.n_sequences // world_size
         mine = self.indices(step)[rank * share : (rank + 1) * share]
         files = np.searchsorted(self.first_of_file, mine, side="right") - 1
         starts = (mine - self.first_of_file[files]) * self.seq_len
         streams = {file: self.tokens.read(file) for file in set(files.tolist())}
-        pairs = zip(files.tolist(), starts.tolist(), strict=True)
-        windows = np.stack([streams[f][start : start + self.seq_len + 1] for f, start in pairs])
+        places = zip(files.tolist(), starts.tolist(), strict=True)
+        windows = np.stack([streams[f][start : start + self.seq_len + 1] for f, start in places])
         both = torch.from_numpy(windows.astype(np.int64))
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
 def prefetch(
     batches: Batches, step: int, device: torch.device, *, rank: int = 0, world_size: int = 1
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches from ``step`` on, preparing the next one while the device computes."""
 
-    def load(step: int) -> tuple[torch.Tensor, ...]:
+    def load(step: int) -> tuple[Tensor, ...]:
         both = batches.batch(step, rank=rank, world_size=world_size)
         return tuple(t.pin_memory() for t in both) if device.type == "cuda" else both
 
@@ -132,18 +127,21 @@ def eval_windows(
     """Read non-overlapping windows (n, seq_len + 1) of a split, evenly spread, always the same."""
     stream = np.concatenate([*open_split(tokens_dir, split).streams()])
     if len(stream) <= seq_len:
-        raise ValueError(
-            f"the {split} split has {len(stream)} tokens, too few for one window of {seq_len + 1}; "
-            "bring more text, raise test_size or lower seq_len."
-        )
+        raise _too_few(split, len(stream), seq_len)
     return _windows(stream, seq_len, n_windows)
 
 
-def _windows(stream: np.ndarray, seq_len: int, n_sequences: int | None = None) -> np.ndarray:
-    n_windows = (len(stream) - 1) // seq_len
-    n_used = min(n_sequences or n_windows, n_windows)
-    starts = np.linspace(0, n_windows - 1, n_used).round().astype(np.int64) * seq_len
-    return np.stack([stream[s : s + seq_len + 1] for s in starts]).astype(np.int64)
+def _windows(stream: np.ndarray, seq_len: int, n_windows: int | None = None) -> np.ndarray:
+    n_whole = (len(stream) - 1) // seq_len
+    chosen = np.linspace(0, n_whole - 1, min(n_windows or n_whole, n_whole)).round().astype(int)
+    return stream[chosen[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int64)
+
+
+def _too_few(split: str, n_tokens: int, seq_len: int) -> ValueError:
+    return ValueError(
+        f"{split} has {n_tokens} tokens, too few for one window of {seq_len + 1}; bring more text, "
+        "lower seq_len or, for val, raise test_size."
+    )
 
 
 def sha256(windows: np.ndarray) -> str:
@@ -151,38 +149,30 @@ def sha256(windows: np.ndarray) -> str:
     return hashlib.sha256(windows.tobytes()).hexdigest()
 
 
+def documents(tokens_dir: Path, split: str) -> Iterator[np.ndarray]:
+    """Yield the tokens of each document, end of text included."""
+    end_of_text = load_manifest(tokens_dir)["tokenizer"]["end_of_text"]
+    for stream in open_split(tokens_dir, split).streams():
+        yield from np.split(stream, np.flatnonzero(stream == end_of_text) + 1)[:-1]
+
+
 def domain_windows(tokens_dir: Path, split: str, seq_len: int) -> dict[str, np.ndarray]:
-    """Cut each domain of a held-out split into windows; one too small for a window is left out."""
-    parts: dict[str, list[np.ndarray]] = {}
-    for (domain, _), document in documents(tokens_dir, split):
-        parts.setdefault(domain, []).append(document)
-    streams = {domain: np.concatenate(found) for domain, found in sorted(parts.items())}
-    return {d: _windows(stream, seq_len) for d, stream in streams.items() if len(stream) > seq_len}
-
-
-def documents(tokens_dir: Path, split: str) -> Iterator[tuple[tuple[str, int], np.ndarray]]:
-    """Yield the documents of a held-out split: domain, bytes of text, and tokens."""
-    shards = [shard for shard in load_manifest(tokens_dir)["splits"][split] if shard["n_tokens"]]
-    for shard, stream in zip(shards, open_split(tokens_dir, split).streams(), strict=True):
-        if "documents" not in shard:
-            raise ValueError(f"split={split!r} does not list its documents; choose a held-out one.")
-        stops = np.cumsum([entry[3] for entry in shard["documents"]])
-        for entry, tokens in zip(shard["documents"], np.split(stream, stops), strict=False):
-            yield (entry[1], entry[2]), tokens
+    """Cut each domain of "val" into windows; one too small for a window is left out."""
+    shards, parts = load_manifest(tokens_dir)["splits"][split], defaultdict(list)
+    if not all("documents" in shard for shard in shards):
+        raise ValueError(f"split={split!r} does not list its documents; choose 'val'.")
+    domains = [domain for shard in shards for _, domain, _, _ in shard["documents"]]
+    for domain, tokens in zip(domains, documents(tokens_dir, split), strict=True):
+        parts[domain].append(tokens)
+    windows = {d: _windows(np.concatenate(found), seq_len) for d, found in sorted(parts.items())}
+    return {domain: found for domain, found in windows.items() if len(found)}
 
 
 def shared_documents(tokens_dir: Path) -> pd.DataFrame:
     """Count the documents (by the hash of their tokens) of one split that another one holds too."""
-    hashes = {split: _hashes(tokens_dir, split) for split in load_manifest(tokens_dir)["splits"]}
+    hashes = {
+        split: {hashlib.blake2b(d, digest_size=16).digest() for d in documents(tokens_dir, split)}
+        for split in load_manifest(tokens_dir)["splits"]
+    }
     rows = [(a, b, len(hashes[a] & hashes[b])) for a, b in combinations(hashes, 2)]
     return pd.DataFrame(rows, columns=["split", "other", "n_shared"])
-
-
-def _hashes(tokens_dir: Path, split: str) -> set[bytes]:
-    end_of_text = load_manifest(tokens_dir)["tokenizer"]["end_of_text"]
-    return {
-        hashlib.blake2b(document.tobytes(), digest_size=16).digest()
-        for stream in open_split(tokens_dir, split).streams()
-        for document in np.split(stream, np.flatnonzero(stream == end_of_text) + 1)
-        if len(document)
-    }

@@ -118,8 +118,11 @@ def run_many(folders: list[Path]) -> None:
         while any(worker.poll() is None for worker in workers):
             n_done = sum(runs.read_result(run) is not None for run in waiting)
             elapsed = time.monotonic() - started
-            left = elapsed / n_done * (len(waiting) - n_done) / 60 if n_done else math.nan
-            live.show(f"{n_done}/{len(waiting)} runs done, about {left:.1f} min left")
+            text = f"{n_done}/{len(waiting)} runs done"
+            if n_done:
+                left = elapsed / n_done * (len(waiting) - n_done) / 60
+                text += f", about {left:.1f} min left"
+            live.show(text)
             time.sleep(POLL_SECONDS)
     finally:
         for worker in workers:  # interrupted: they notice, save themselves and leave

@@ -12,31 +12,29 @@ import hashlib
 import math
 import os
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiktoken
+from tiktoken import Encoding
 from tqdm import tqdm
 
 from llmlib import corpus, data, locks, runs, tokenizer
 from llmlib.config import DataConfig, to_json
-from llmlib.corpus import Corpus, Document, Shard, fetch, read_documents
+from llmlib.corpus import Corpus, Document, Shard
 
 BPE_TRAINING_BYTES = 40_000_000  # text that a trained tokenizer sees
-JOB_BYTES = 500_000  # text per job: enough to hide what Python adds, little enough to share out
-SKIPPED = ("null", "empty", "invalid_utf8")
+DOCUMENTS_PER_JOB = 64  # about 0.5 MB of text: enough to hide what Python adds
 
 Marker = dict[str, Any]  # what is written about a finished token file
 Encoded = tuple[np.ndarray, list[list]]  # tokens, and [index, domain, bytes, tokens] per document
 
 
-def prepare(
-    config: DataConfig, tokens_dir: Path, *, n_workers: int | None = None
-) -> dict[str, Any]:
+def prepare(config: DataConfig, tokens_dir: Path, *, n_workers: int | None = None) -> Marker:
     """Tokenise a corpus into a folder and return its manifest; what is finished is kept."""
     try:
         record = runs.Record(tokens_dir, to_json(config))
@@ -53,103 +51,88 @@ def prepare(
         ) from error
 
 
-def _prepare(config: DataConfig, record: runs.Record, n_workers: int) -> dict[str, Any]:
+def _prepare(config: DataConfig, record: runs.Record, n_workers: int) -> Marker:
     # The first visit pins what the corpus is, so that a resumed one reads the same revision.
-    def describe() -> dict[str, Any]:
-        texts = corpus.open_corpus(config)
-        return {"revision": texts.revision, "n_documents": corpus.count_documents(texts)}
-
-    source = record.cached_json("source", describe)
+    source = record.cached_json("source", lambda: _describe(corpus.open_corpus(config)))
     texts = corpus.open_corpus(replace(config, revision=source["revision"]))
-    heldout = heldout_documents(source["n_documents"], config.test_size, config.split_seed)
-    encoding = _tokenizer(config, texts, set(heldout), record.path)
-    total, unit = source["n_documents"], "documents"
-    if config.n_tokens:
-        total, unit = config.n_tokens, "tokens"
-    with tqdm(total=total, desc="tokenising", unit=f" {unit}") as bar:
-        writer = Writer(tokenizer.DocumentEncoder(encoding), record.path, n_workers, bar)
-        train = writer.write_split(texts.train, set(heldout), config.n_tokens)
+    n_documents = source["n_documents"]
+    heldout = heldout_documents(n_documents, config.test_size, config.split_seed)
+    encoding = _tokenizer(config, texts, {*heldout}, record.path / "tokenizer.json")
+    unit, total = (" tokens", config.n_tokens) if config.n_tokens else (" rows", n_documents)
+    bar = tqdm(total=total, desc="tokenising", unit=unit)
+    with ThreadPoolExecutor(n_workers) as pool, bar:
+        writer = Writer(tokenizer.DocumentEncoder(encoding), record.path, pool, 4 * n_workers, bar)
+        train = writer.write_split(texts.train, {*heldout}, config.n_tokens)
+        val = [writer.gather(train, heldout)]
         official = {name: writer.write_split(shards) for name, shards in texts.official.items()}
-    about = {"name": encoding.name, "vocab_size": encoding.n_vocab}
-    about |= {"end_of_text": encoding.eot_token, "sha256": tokenizer.tokenizer_hash(encoding)}
+    is_whole = len(train) == len(texts.train)
+    _check(n_documents if is_whole else None, train, val)
     manifest = {
         "source": source | {"config": to_json(config)},
-        "tokenizer": about,
+        "tokenizer": tokenizer.describe(encoding),
         "dtype": writer.encoder.dtype.str,
         "n_tokens": _total(train, "n_tokens"),
-        "is_whole_corpus": len(train) == len(texts.train),
-        "splits": {"train": train, "val": [writer.gather(train, heldout)], **official},
+        "splits": {"train": train, "val": val, **official},
     }
-    _check(manifest)
     runs.write_json(record.path / "manifest.json", manifest)
     return manifest
+
+
+def _describe(texts: Corpus) -> dict[str, Any]:
+    return {"revision": texts.revision, "n_documents": corpus.count_documents(texts)}
 
 
 def _total(markers: list[Marker], key: str) -> int:
     return sum(marker[key] for marker in markers)
 
 
-def _check(manifest: dict[str, Any]) -> None:
-    """Refuse a corpus of another size than it declares, and one without text for both splits."""
-    splits, n_declared = manifest["splits"], manifest["source"]["n_documents"]
-    n_rows = _total(splits["train"], "n_rows")
-    if manifest["is_whole_corpus"] and n_rows != n_declared:
+def _check(n_declared: int | None, train: list[Marker], val: list[Marker]) -> None:
+    """Refuse a whole corpus of another size than it declares, and a split without text."""
+    n_rows = _total(train, "n_rows")
+    if n_declared not in (None, n_rows):
         raise ValueError(
             f"the corpus declares {n_declared} documents but holds {n_rows}; its split cannot be "
             "trusted. Fetch it again, or give the files as a local folder."
         )
-    if empty := [name for name in ("train", "val") if not _total(splits[name], "n_tokens")]:
+    if not _total(train, "n_tokens") or not _total(val, "n_tokens"):
         raise ValueError(
-            f"the corpus holds no text for {' and '.join(empty)} in {n_rows} documents; bring more "
-            "text or raise test_size."
+            f"the corpus holds no text for train or val in {n_rows} documents; bring more text or "
+            "raise test_size."
         )
 
 
 def heldout_documents(n_documents: int, test_size: float, seed: int) -> list[int]:
     """Index the held-out documents, in order, as ``datasets``' shuffled ``train_test_split`` does."""
     if n_documents < 2:
-        raise ValueError(
-            f"the corpus has {n_documents} document(s); training and validation need one each."
-        )
+        raise ValueError(f"the corpus has {n_documents} document(s); train and val need one each.")
     n_test = math.ceil(test_size * n_documents)
     return np.random.default_rng(seed).permutation(n_documents)[:n_test].tolist()
 
 
-# ------------------------------------------------------------------------- the tokenizer
+def _tokenizer(config: DataConfig, texts: Corpus, heldout: set[int], path: Path) -> Encoding:
+    if not path.exists():
+        if config.tokenizer == "bpe":
+            training = _training_texts(texts, heldout, config.n_tokens or math.inf)
+            encoding = tokenizer.train_bpe(training, config.bpe_vocab_size)
+        else:
+            encoding = tokenizer.load_tiktoken(config.tokenizer)
+        runs.write_atomic(path, tokenizer.save_tokenizer(encoding))
+    return tokenizer.load_tokenizer(path)
 
 
-def _tokenizer(
-    config: DataConfig, texts: Corpus, heldout: set[int], folder: Path
-) -> tiktoken.Encoding:
-    path = folder / "tokenizer.json"
-    if path.exists():
-        return tokenizer.load_tokenizer(path)
-    if config.tokenizer == "bpe":
-        training = _training_texts(texts, heldout, config.n_tokens)
-        encoding = tokenizer.train_bpe(training, config.bpe_vocab_size)
-    else:
-        encoding = tokenizer.load_tiktoken(config.tokenizer)
-    runs.write_atomic(path, tokenizer.save_tokenizer(encoding))
-    return encoding
-
-
-def _training_texts(texts: Corpus, heldout: set[int], n_tokens: int | None) -> Iterator[str]:
+def _training_texts(texts: Corpus, heldout: set[int], n_tokens: float) -> Iterator[str]:
     """Yield training documents up to BPE_TRAINING_BYTES, from shards that ``n_tokens`` surely needs."""
     n_bytes = index = 0
     for shard in texts.train:
-        for document in read_documents(fetch(shard)):
+        # A document has at most one token per byte, and one at its end.
+        if n_bytes + index >= n_tokens:
+            return
+        for document in corpus.read_documents(corpus.fetch(shard)):
             if index not in heldout and document.raw:
                 yield document.text
-            n_bytes += len(document.raw or b"")
-            index += 1
+            n_bytes, index = n_bytes + len(document.raw or b""), index + 1
             if n_bytes >= BPE_TRAINING_BYTES:
                 return
-        # A document has at most one token per byte, and one at its end.
-        if n_tokens is not None and n_bytes + index >= n_tokens:
-            return
-
-
-# ------------------------------------------------------------------------- token files
 
 
 @dataclass
@@ -161,134 +144,104 @@ class Writer:
 
     encoder: tokenizer.DocumentEncoder
     folder: Path
-    n_workers: int
+    pool: ThreadPoolExecutor
+    n_ahead: int  # jobs under way at once; few, so memory stays flat
     bar: tqdm
 
     def write_split(
-        self, shards: list[Shard], heldout: set[int] | None = None, n_tokens: int | None = None
+        self, shards: list[Shard], heldout: Set[int] = frozenset(), n_tokens: int | None = None
     ) -> list[Marker]:
-        """Write the shards of a split, up to the one that reaches ``n_tokens``.
-
-        Held-out documents go to files of their own; ``heldout=None`` means an official split,
-        whose documents are all listed. A shard that has its marker is done.
-        """
+        """Write the shards of a split, up to the one that reaches ``n_tokens``; marked ones are done."""
         markers: list[Marker] = []
         for shard in shards:
             path = self.folder / f"{shard.name}.json"
-            if not path.exists():
-                marker = self._write_shard(fetch(shard), _total(markers, "n_rows"), heldout)
-                runs.write_json(path, marker)
-            else:
+            if path.exists():
                 marker = runs.read_json(path)
                 self._advance(marker)
+            else:
+                marker = self._write_shard(shard, _total(markers, "n_rows"), heldout)
+                runs.write_json(path, marker)
             markers.append(marker)
-            if n_tokens is not None and _total(markers, "n_tokens") >= n_tokens:
+            if n_tokens and _total(markers, "n_tokens") >= n_tokens:
                 break
         return markers
 
-    def _advance(self, counts: dict[str, Any]) -> None:
-        self.bar.update(counts["n_rows" if "documents" in self.bar.unit else "n_tokens"])
+    def _advance(self, counts: Marker) -> None:
+        self.bar.update(counts[f"n_{self.bar.unit.strip()}"])
 
-    def _write_shard(self, shard: Shard, offset: int, heldout: set[int] | None) -> Marker:
-        counts: Counter = Counter()
-        main_file = TokenFile(self.folder / f"{shard.name}.bin", heldout is None)
-        with main_file as main, TokenFile(self.folder / f"{shard.name}.val.bin", True) as val:
-            for job_counts, for_main, for_val in self._jobs(shard, offset, heldout or set()):
+    def _write_shard(self, shard: Shard, first: int, heldout: Set[int]) -> Marker:
+        counts, aside = Counter(), []
+
+        def parts() -> Iterator[Encoded]:
+            for job_counts, main, val in self._jobs(shard, first, heldout):
                 counts.update(job_counts)
-                main.append(*for_main)
-                val.append(*for_val)
+                aside.append(val)
                 self._advance(job_counts)
-            marker = {"n_rows": counts["n_rows"], "skipped": {k: counts[k] for k in SKIPPED}}
-            marker |= main.finish()
-            return marker if heldout is None else marker | {"val": val.finish()}
+                yield main
 
-    def _jobs(self, shard: Shard, offset: int, heldout: set[int]) -> Iterator[tuple]:
-        """Encode documents in order; only a few jobs are under way, so memory stays flat."""
-        pending: deque = deque()
-        with ThreadPoolExecutor(self.n_workers) as pool:
-            for documents in corpus.groups(read_documents(shard), JOB_BYTES):
-                pending.append(pool.submit(self._encode, documents, offset, heldout))
-                offset += len(documents)
-                if len(pending) > 4 * self.n_workers:
-                    yield pending.popleft().result()
-            while pending:
+        marker = self.write_file(f"{shard.name}.bin", parts(), is_listed=False)
+        if heldout:
+            marker["val"] = self.write_file(f"{shard.name}.val.bin", aside)
+        skipped = {kind: counts[kind] for kind in ("null", "empty", "invalid_utf8")}
+        return marker | {"n_rows": counts["n_rows"], "skipped": skipped}
+
+    def _jobs(self, shard: Shard, first: int, heldout: Set[int]) -> Iterator[tuple]:
+        """Encode the documents of a shard, in order."""
+        pending, documents = deque(), corpus.read_documents(corpus.fetch(shard))
+        while job := list(islice(documents, DOCUMENTS_PER_JOB)):
+            pending.append(self.pool.submit(self._encode, job, first, heldout))
+            first += len(job)
+            if len(pending) > self.n_ahead:
                 yield pending.popleft().result()
+        yield from (job.result() for job in pending)
 
-    def _encode(
-        self, documents: list[Document], offset: int, heldout: set[int]
-    ) -> tuple[Counter, Encoded, Encoded]:
-        kept = [(i, d) for i, d in enumerate(documents, start=offset) if d.raw]
-        main = self._to_tokens([(i, d) for i, d in kept if i not in heldout])
-        val = self._to_tokens([(i, d) for i, d in kept if i in heldout])
-        counts = Counter(
-            n_rows=len(documents),
-            n_tokens=len(main[0]) + len(val[0]),
-            null=sum(d.raw is None for d in documents),
-            empty=sum(d.raw == b"" for d in documents),
-            invalid_utf8=sum(not d.is_utf8 for d in documents),
-        )
-        return counts, main, val
+    def _encode(self, documents: list[Document], first: int, heldout: Set[int]) -> tuple:
+        """Return counts, and what goes to the shard's main file and to its held-out one."""
+        counts = {
+            "n_rows": len(documents),
+            "null": sum(d.raw is None for d in documents),
+            "empty": sum(d.raw == b"" for d in documents),
+            "invalid_utf8": sum(not d.is_utf8 for d in documents),
+        }
+        files = {False: [], True: []}
+        for index, document in enumerate(documents, first):
+            if document.raw:
+                files[index in heldout].append((index, document))
+        main, val = map(self._to_tokens, files.values())
+        return counts | {"n_tokens": len(main[0]) + len(val[0])}, main, val
 
     def _to_tokens(self, documents: list[tuple[int, Document]]) -> Encoded:
         tokens, counts = self.encoder.encode([d.text for _, d in documents])
         pairs = zip(documents, counts, strict=True)
         return tokens, [[i, d.domain, len(d.raw), n] for (i, d), n in pairs]
 
-    def gather(self, shards: list[Marker], heldout: list[int]) -> Marker:
+    def write_file(self, name: str, parts: Iterable[Encoded], *, is_listed: bool = True) -> Marker:
+        """Write a token file, counted and hashed on the way, renamed when whole."""
+        sha256, n_tokens, domains, documents = hashlib.sha256(), 0, defaultdict(Counter), []
+        with open(self.folder / f".{name}.tmp", "wb") as file:
+            for tokens, entries in parts:
+                file.write(tokens)
+                sha256.update(tokens)
+                n_tokens += len(tokens)
+                for _, domain, n_bytes, n in entries:
+                    domains[domain].update(documents=1, bytes=n_bytes, tokens=n)
+                documents += entries if is_listed else []
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(self.folder / f".{name}.tmp", self.folder / name)
+        marker = {"file": name, "n_tokens": n_tokens, "sha256": sha256.hexdigest()}
+        marker["domains"] = dict(sorted(domains.items()))
+        return marker | ({"documents": documents} if is_listed else {})
+
+    def gather(self, markers: list[Marker], heldout: list[int]) -> Marker:
         """Gather the held-out documents of all shards into one file, in the split's own order."""
         found = {}
-        for shard in (marker["val"] for marker in shards):
-            tokens = np.fromfile(self.folder / shard["file"], dtype=self.encoder.dtype)
-            stops = np.cumsum([entry[3] for entry in shard["documents"]])
-            for entry, part in zip(shard["documents"], np.split(tokens, stops), strict=False):
-                found[entry[0]] = part, [entry]
-        with TokenFile(self.folder / "val.bin", lists_documents=True) as file:
-            for index in heldout:
-                if index in found:
-                    file.append(*found[index])
-            return file.finish()
-
-
-class TokenFile:
-    """A token file being written: counted and hashed on the way, renamed when whole."""
-
-    def __init__(self, path: Path, lists_documents: bool):
-        self.path = path
-        self.temporary = path.with_name(f".{path.name}.tmp")
-        self.file = open(self.temporary, "wb")  # noqa: SIM115 - closed by __exit__
-        self.sha256 = hashlib.sha256()
-        self.domains: dict[str, Counter] = defaultdict(Counter)
-        self.n_tokens = 0
-        self.documents: list | None = [] if lists_documents else None
-
-    def __enter__(self) -> TokenFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-        self.temporary.unlink(missing_ok=True)
-
-    def append(self, tokens: np.ndarray, documents: list[list]) -> None:
-        """Add tokens and the documents they make up."""
-        self.file.write(tokens.tobytes())
-        self.sha256.update(tokens.tobytes())
-        self.n_tokens += len(tokens)
-        for _, domain, n_bytes, n_tokens in documents:
-            self.domains[domain].update(documents=1, bytes=n_bytes, tokens=n_tokens)
-        if self.documents is not None:
-            self.documents += documents
-
-    def finish(self) -> Marker:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        os.replace(self.temporary, self.path)
-        marker = {
-            "file": self.path.name,
-            "n_tokens": self.n_tokens,
-            "sha256": self.sha256.hexdigest(),
-            "domains": dict(sorted(self.domains.items())),
-        }
-        return marker if self.documents is None else marker | {"documents": self.documents}
+        for val in (marker["val"] for marker in markers):
+            tokens, start = np.fromfile(self.folder / val["file"], self.encoder.dtype), 0
+            for index, *about, n_tokens in val["documents"]:
+                found[index] = tokens[start : start + n_tokens], [[index, *about, n_tokens]]
+                start += n_tokens
+        return self.write_file("val.bin", (found[i] for i in heldout if i in found))
 
 
 def verify(tokens_dir: Path) -> list[str]:
@@ -302,15 +255,15 @@ def verify(tokens_dir: Path) -> list[str]:
     bad = []
     for marker in markers:
         files = [marker, marker["val"]] if "val" in marker else [marker]
-        if names := [f["file"] for f in files if not _agrees(tokens_dir / f["file"], f["sha256"])]:
+        if names := [f["file"] for f in files if _sha256(tokens_dir / f["file"]) != f["sha256"]]:
             bad += names
             manifest.unlink(missing_ok=True)  # first: it must not be left behind alone
             (tokens_dir / marker["file"]).with_suffix(".json").unlink(missing_ok=True)
     return bad
 
 
-def _agrees(path: Path, sha256: str) -> bool:
+def _sha256(path: Path) -> str | None:
     if not path.exists():
-        return False
+        return None
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == sha256
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,13 +8,15 @@ time. N counts the tied embedding once: use one count for points, speeds and siz
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy.optimize import minimize
+from scipy.interpolate import make_interp_spline
+from scipy.optimize import OptimizeResult, minimize
+from scipy.special import expit, huber, logit
 
 from llmlib.config import ModelConfig
 
@@ -33,7 +35,9 @@ PEAK_BF16_FLOPS_PER_S = {
     "RTX 4090": 165e12,
 }
 OTHER_CHIPS = {"MIG", "NVL", "Laptop", "D", "Ti", "SUPER"}  # share a name, not a peak
+CONSTANTS = ["E", "A", "B", "alpha", "beta"]
 HUBER_DELTA = 1e-3  # on log loss, summed over points: both papers
+MAX_EXPONENT = 5.0  # the fit keeps alpha and beta between 0 and this
 
 
 def datasheet_peak(device_name: str) -> float | None:
@@ -120,21 +124,22 @@ def published_optima(flops: float) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class SurfaceFit(LossSurface):
-    """A fitted surface, with one row of constants (E, A, B, alpha, beta) per bootstrap sample."""
+    """A fitted surface, with one row of constants per bootstrap sample."""
 
-    samples: np.ndarray = None
+    samples: np.ndarray = field(default_factory=lambda: np.empty((0, 5)))
 
     @property
     def family(self) -> LossSurface:
         """All bootstrap samples as one surface, with constants (n, 1)."""
-        return LossSurface(*np.asarray(self.samples, float).T[:, :, None])
+        return LossSurface(*self.samples.T[:, :, None])
 
     def table(self) -> pd.DataFrame:
-        """Tabulate the constants with their bootstrap standard errors."""
-        names = ("E", "A", "B", "alpha", "beta")
-        values = [getattr(self, name) for name in names]
-        errors = np.std(self.samples, axis=0, ddof=1) if len(self.samples) > 1 else np.nan
-        return pd.DataFrame({"constant": names, "value": values, "standard_error": errors})
+        """Tabulate the constants with bootstrap standard errors and 90 % intervals."""
+        table = pd.DataFrame({"constant": CONSTANTS})
+        table["value"] = [getattr(self, name) for name in CONSTANTS]
+        samples = pd.DataFrame(self.samples)
+        table["standard_error"] = samples.std()
+        return table.assign(low=samples.quantile(0.05), high=samples.quantile(0.95))
 
 
 def fit_loss_surface(
@@ -145,11 +150,8 @@ def fit_loss_surface(
     n_bootstrap: int = 0,
     seed: int = 0,
 ) -> SurfaceFit:
-    """Fit the surface by BFGS from a grid of starts; bootstrap it over the points, refitted from it.
-
-    Huber loss on log loss, summed over points, with the terms in logarithms (both papers).
-    """
-    points = np.array([np.asarray(v, float).ravel() for v in (n_params, n_tokens, loss)])
+    """Fit the surface from a grid of starts, and resamples of the points from that optimum."""
+    points = np.array([np.ravel(column) for column in (n_params, n_tokens, loss)], float)
     if not (np.isfinite(points) & (points > 0)).all():
         raise ValueError("points must be finite and positive; leave out runs that failed.")
     if len(np.unique(points[:2], axis=1).T) < 6 or min(len(np.unique(p)) for p in points[:2]) < 3:
@@ -158,70 +160,67 @@ def fit_loss_surface(
             "sizes and 3 or more token counts."
         )
     logs = np.log(points)
-    grid = product((0.1, 0.4, 1.2), (0.1, 0.4, 1.2), (0.2, 0.8))
-    starts = [_start(logs, *values) for values in grid]
-    fits = [_minimise(logs, start) for start in starts]
-    best = min((fit for fit in fits if np.isfinite(fit.fun)), key=lambda fit: fit.fun).x
+    logs[:2] -= (centre := logs[:2].mean(axis=1, keepdims=True))  # frees exponents from factors
+    grid = product((0.3, 0.8), (0.1, 0.4, 1.2), (0.1, 0.4, 1.2))
+    fits = [_minimise(logs, _start(logs[2], *guess)) for guess in grid]
+    best = min(fits, key=lambda fit: fit.fun).x
     rng, n = np.random.default_rng(seed), logs.shape[1]
-    resamples = [logs[:, rng.integers(n, size=n)] for _ in range(n_bootstrap)]
-    with np.errstate(over="ignore"):
-        samples = np.array([np.exp(_minimise(sample, best, 100).x) for sample in resamples])
-    return SurfaceFit(*np.exp(best), samples=samples.reshape(-1, 5))
+    draws = [_minimise(logs[:, rng.integers(n, size=n)], best).x for _ in range(n_bootstrap)]
+    e, a, b, *exponents = np.array([best, *draws]).T
+    alpha, beta = MAX_EXPONENT * expit(exponents)
+    factors = np.exp([e, a + alpha * centre[0], b + beta * centre[1]])
+    first, *samples = np.array([*factors, alpha, beta]).T
+    return SurfaceFit(*first.tolist(), samples=np.reshape(samples, (-1, 5)))
 
 
-def _start(logs: np.ndarray, alpha: float, beta: float, e_share: float) -> list:
+def _start(log_loss: np.ndarray, share: float, *exponents: float) -> list[float]:
     """Begin with E as a share of the lowest loss, and halve the rest between the terms."""
-    x, y = logs[:2].mean(axis=1)
-    e = e_share * np.exp(logs[2].min())
-    rest = np.exp(np.median(logs[2])) - e
-    log_a, log_b = np.log(rest / 2) + alpha * x, np.log(rest / 2) + beta * y
-    return [np.log(e), log_a, log_b, np.log(alpha), np.log(beta)]
+    e = share * np.exp(log_loss.min())
+    half = (np.exp(np.median(log_loss)) - e) / 2
+    return [*np.log([e, half, half]), *logit(np.divide(exponents, MAX_EXPONENT))]
 
 
-def _minimise(logs: np.ndarray, start: ArrayLike, n_iterations: int = 500):
-    x, y, log_loss = logs
+def _minimise(logs: np.ndarray, start: ArrayLike) -> OptimizeResult:
+    """Minimise Huber's loss on log loss by BFGS over log E, log A, log B, logit alpha, logit beta.
+
+    ``logs`` holds log N and log D, centred, and log loss; A and B are those at the centre.
+    """
 
     def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
-        e, a, b, log_alpha, log_beta = theta
-        alpha, beta = np.exp(np.clip([log_alpha, log_beta], -5, 3))
-        terms = np.stack([e + 0 * x, a - alpha * x, b - beta * y])
-        top = terms.max(axis=0)
-        shares = np.exp(terms - top)
-        total = shares.sum(axis=0)
-        residual = top + np.log(total) - log_loss
-        size = np.minimum(np.abs(residual), HUBER_DELTA)
-        shares *= np.sign(residual) * size / total
-        by_exponent = [-alpha * (shares[1] * x).sum(), -beta * (shares[2] * y).sum()]
-        value = (size * (np.abs(residual) - size / 2)).sum()
-        # In units of delta squared, so that BFGS's tolerance on the gradient means something.
-        return value / HUBER_DELTA**2, np.array(
-            [*shares.sum(axis=1), *by_exponent]
-        ) / HUBER_DELTA**2
+        exponents = MAX_EXPONENT * expit(theta[3:])
+        slopes = -exponents[:, None] * logs[:2]  # of log terms in the logarithm of an exponent
+        terms = theta[:3, None] + [0 * logs[0], *slopes]
+        log_sum = np.logaddexp.reduce(terms)
+        residual = (log_sum - logs[2]) / HUBER_DELTA
+        pull = np.clip(residual, -1, 1) / HUBER_DELTA * np.exp(terms - log_sum)
+        by_logit = (pull[1:] * slopes).sum(axis=1) * (1 - exponents / MAX_EXPONENT)
+        return huber(1, residual).sum(), np.append(pull.sum(axis=1), by_logit)
 
-    return minimize(objective, start, jac=True, method="BFGS", options={"maxiter": n_iterations})
+    return minimize(objective, start, jac=True, method="BFGS", options={"gtol": 0.01})
 
 
 def best_size(fit: SurfaceFit, speeds: pd.DataFrame, budget_seconds: float) -> pd.DataFrame:
     """Tabulate the loss that a time budget buys at every size, by measured speeds.
 
-    ``speeds`` has n_params and tokens_per_s, interpolated in log-log and continued with the end
-    slopes. Returns n_params, n_tokens and loss with its 90 % interval; ``best_low`` and ``best_high``
-    (the same in every row) hold 90 % of the bootstrap samples' optima.
+    ``speeds`` has n_params and tokens_per_s; of shapes within 15 % of each other's size the fastest
+    counts, and log speed is linear in log size between them and beyond. Returns n_params, n_tokens
+    and loss with its 90 % interval (low, high); best_low and best_high, the same in every row, hold
+    90 % of the samples' optima. Without samples the intervals are NaN.
     """
-    known = np.log(speeds.sort_values("n_params")[["n_params", "tokens_per_s"]].to_numpy(float))
-    sizes = np.geomspace(np.exp(known[0, 0]) / 10, np.exp(known[-1, 0]) * 10, 401)
-    n_tokens = budget_seconds * np.exp(_interpolate(np.log(sizes), *known.T))
-    table = pd.DataFrame({"n_params": sizes, "n_tokens": n_tokens})
-    table["loss"] = fit.loss(sizes, n_tokens)
-    if len(fit.samples):
-        with np.errstate(over="ignore"):  # constants that a sample leaves undetermined
-            draws = fit.family.loss(sizes, n_tokens)
-        table["low"], table["high"] = np.quantile(draws, [0.05, 0.95], axis=0)
-        low, high = np.quantile(sizes[draws.argmin(axis=1)], [0.05, 0.95])
-        table = table.assign(best_low=low, best_high=high)
-    return table
-
-
-def _interpolate(at: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    left = np.clip(np.searchsorted(x, at) - 1, 0, len(x) - 2)
-    return y[left] + (at - x[left]) * (y[left + 1] - y[left]) / (x[left + 1] - x[left])
+    speeds = speeds.dropna(subset="tokens_per_s").sort_values("n_params", ignore_index=True)
+    size = (speeds.n_params.pct_change() > 0.15).cumsum()
+    speeds = speeds.loc[speeds.groupby(size).tokens_per_s.idxmax()]
+    if len(speeds) < 2 or not budget_seconds > 0:
+        raise ValueError(
+            f"{len(speeds)} sizes for {budget_seconds} seconds; measure 2 or more, over 15 % apart, "
+            "and give a positive time."
+        )
+    sizes = np.geomspace(speeds.n_params.min() / 10, speeds.n_params.max() * 10, 401)
+    line = make_interp_spline(np.log(speeds.n_params), np.log(speeds.tokens_per_s), k=1)
+    n_tokens = budget_seconds * np.exp(line(np.log(sizes)))
+    draws = pd.DataFrame(fit.family.loss(sizes, n_tokens))
+    optima = pd.Series(sizes[draws.to_numpy().argmin(axis=1)])
+    table = {"n_params": sizes, "n_tokens": n_tokens, "loss": fit.loss(sizes, n_tokens)}
+    table |= {"low": draws.quantile(0.05), "high": draws.quantile(0.95)}
+    table |= {"best_low": optima.quantile(0.05), "best_high": optima.quantile(0.95)}
+    return pd.DataFrame(table)

@@ -6,7 +6,9 @@ find. Each is an ordinary, resumable run below the record's ``trials/``; what co
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,8 +25,8 @@ class Plan:
     """What 03 and 04 train at a scale."""
 
     sizes: tuple[tuple[int, int], ...]  # (n_layer, d_model) of 03
-    size_tokens: tuple[int, ...]  # training tokens per size
-    trial_tokens: int  # of each of 04's trials
+    size_tokens: tuple[int, ...]  # training tokens of 03, for every size
+    trial_tokens: int  # training tokens of each run of 04
     rate_factors: tuple[float, ...]  # of each optimizer's guessed rate
     seeds: tuple[int, ...]  # of each recipe
 
@@ -47,45 +49,41 @@ PLANS = {
     ),
 }
 RATE_GUESS = {"adamw": 2.0, "muon": 10.0, "sophia": 0.5}  # times the base rate, at "laptop"
+LONG_TOKENS = 1_000_000  # in shorter runs, compiling and long validations do not pay
 
 
-def run_study(record: runs.Record, name: str, settings: Settings, tokens_dir) -> pd.DataFrame:
+def run_study(record: runs.Record, name: str, settings: Settings, tokens_dir: Path) -> pd.DataFrame:
     """Train every setting, or read the table of an earlier time: one row each, failed ones too."""
+    folders = {label: record.path / "trials" / name / label for label in settings}
 
     def train_all() -> pd.DataFrame:
-        folders = {label: record.path / "trials" / name / label for label in settings}
         for label, (model, train) in settings.items():
             runs.create_run(folders[label], model, train, tokens_dir)
         launch.run_many(list(folders.values()))
-        return pd.DataFrame([_row(label, folder) for label, folder in folders.items()])
+        return pd.DataFrame([{"run": label} | _row(run) for label, run in folders.items()])
 
     return record.cached_table(name, train_all)
 
 
-def _row(label: str, folder) -> dict:
-    """Say in a row how a run ended and what it was."""
+def _row(folder: Path) -> dict[str, Any]:
+    """Say what a run was and how it ended; a failed one has no loss."""
     run, result = runs.read_run(folder), runs.read_result(folder)
-    row = {"run": label, "optimizer": run.train.optimizer, "lr": run.train.lr}
-    row |= {"seed": run.train.seed, "n_layer": run.model.n_layer, "d_model": run.model.d_model}
-    row |= {"n_params": count_params(run.model), "loss": np.nan, "status": "finished"}
+    row = {name: getattr(run.train, name) for name in ("optimizer", "lr", "seed")}
+    row |= {"n_layer": run.model.n_layer, "d_model": run.model.d_model}
+    row |= {"n_params": count_params(run.model), "loss": np.nan}
     if result is None:
         return row | {"status": f"failed: {launch.log_tail(folder, n_lines=1)}"}
     kept = ("n_tokens", "flops", "n_steps", "tokens_per_s", "unclipped_share", "dtype")
-    row |= {key: result.get(key) for key in kept}
-    row |= {"loss": result["val"]["loss"], "accuracy": result["val"]["accuracy"]}
-    return row | {"seconds": sum(result["seconds"].values())}
+    row |= {name: result.get(name) for name in kept}
+    row |= {name: result["val"][name] for name in ("loss", "accuracy")}
+    return row | {"seconds": sum(result["seconds"].values()), "status": "finished"}
 
 
-def _short(train: TrainConfig, n_tokens: int) -> TrainConfig:
-    """Plan a run of so many tokens; in a short one, compiling and long validations do not pay."""
-    is_long = n_tokens >= 1_000_000
-    return override(
-        train,
-        budget_tokens=n_tokens,
-        n_evals=1,
-        eval_all=is_long,
-        compile=train.compile and is_long,
-    )
+def _planned(train: TrainConfig, n_tokens: int, **changes: Any) -> TrainConfig:
+    """Budget a run in tokens, with one validation at its end."""
+    is_long = n_tokens >= LONG_TOKENS
+    shared = {"n_evals": 1, "eval_all": is_long, "compile": train.compile and is_long}
+    return override(train, budget_tokens=n_tokens, **shared, **changes)
 
 
 def size_settings(base: ModelConfig, train: TrainConfig, plan: Plan) -> Settings:
@@ -93,9 +91,9 @@ def size_settings(base: ModelConfig, train: TrainConfig, plan: Plan) -> Settings
     settings: Settings = {}
     for n_layer, d_model in plan.sizes:
         model = resize(base, arch=base.arch, n_layer=n_layer, d_model=d_model)
-        scaled = replace(train, lr=train.lr * (base.d_model / d_model) ** 0.5)
-        for n_tokens in plan.size_tokens:
-            settings[f"{n_layer}x{d_model}-{n_tokens}"] = (model, _short(scaled, n_tokens))
+        lr = train.lr * (base.d_model / d_model) ** 0.5
+        for n in plan.size_tokens:
+            settings[f"{n_layer}x{d_model}-{n}"] = (model, _planned(train, n, lr=lr))
     return settings
 
 
@@ -104,25 +102,18 @@ def optimizer_settings(model: ModelConfig, train: TrainConfig, plan: Plan) -> Se
 
     Sophia as the write-up ran it takes no grid: its rate was AdamW's.
     """
-    rates = {
-        optimizer: [factor * guess * train.lr for factor in plan.rate_factors]
-        for optimizer, guess in RATE_GUESS.items()
-    }
-    rates["sophia_writeup"] = [train.lr]
-    return {
-        f"{optimizer}-lr{lr:.2g}": (
-            model,
-            _short(replace(train, optimizer=optimizer, lr=lr), plan.trial_tokens),
-        )
-        for optimizer, grid in rates.items()
-        for lr in grid
-    }
+    grid = [(name, x * guess) for name, guess in RATE_GUESS.items() for x in plan.rate_factors]
+    trials = [
+        _planned(train, plan.trial_tokens, optimizer=name, lr=factor * train.lr)
+        for name, factor in [*grid, ("sophia_writeup", 1.0)]
+    ]
+    return {f"{trial.optimizer}-lr{trial.lr:.2g}": (model, trial) for trial in trials}
 
 
 def recipe_settings(model: ModelConfig, recipes: dict[str, TrainConfig], plan: Plan) -> Settings:
     """Every recipe with every seed; runs of one seed share their data order."""
     return {
-        f"{name}-seed{seed}": (model, replace(_short(train, plan.trial_tokens), seed=seed))
+        f"{name}-seed{seed}": (model, _planned(train, plan.trial_tokens, seed=seed))
         for name, train in recipes.items()
         for seed in plan.seeds
     }

@@ -16,7 +16,7 @@ import stat
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -267,6 +267,8 @@ def train_run(run: Path, must_stop: Callable[[], str | None], local_rank: int) -
         return 0
     except (ValueError, locks.Locked, Diverged) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
+        with suppress(OSError), open(run / "train.log", "a") as log:  # not only the first run's
+            log.write(f"error: {error}\n")
         return 3 if isinstance(error, Diverged) else 2
     except (RuntimeError, OSError, AssertionError) as error:
         traceback.print_exc()

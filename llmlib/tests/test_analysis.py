@@ -18,17 +18,12 @@ def test_slope_is_recovered_with_its_error():
     tokens = np.arange(1, 1001) * 100.0
     slopes = []
     for _ in range(200):
-        fit = analysis.fit_slope(
-            curve_of(5 - 0.2 * np.log(tokens) + rng.normal(0, 0.1, 1000), tokens)
-        )
+        losses = 5 - 0.2 * np.log(tokens) + rng.normal(0, 0.1, 1000)
+        fit = analysis.fit_slope(curve_of(losses, tokens))
         slopes.append((fit["slope"], fit["standard_error"]))
     values, errors = np.array(slopes).T
     assert values.mean() == pytest.approx(-0.2, abs=0.005)
     assert values.std() == pytest.approx(errors.mean(), rel=0.25)
-
-
-def test_too_short_a_run_has_no_slope():
-    assert math.isnan(analysis.fit_slope(curve_of(np.ones(10), np.arange(10.0)))["slope"])
 
 
 def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight():
@@ -90,7 +85,7 @@ def test_other_peoples_curves_read_like_ours(tmp_path, suffix, text):
     assert curve.flops.isna().all()
 
 
-def test_a_curve_of_steps_and_losses_alone_is_enough(tmp_path):
+def test_a_curve_of_steps_and_losses_alone_is_enough_but_has_no_slope(tmp_path):
     (tmp_path / "theirs.csv").write_text("step,loss\n1,4.0\n2,3.0\n3,3.0\n")
     curve = analysis.load_external(tmp_path / "theirs.csv")
     assert curve[["tokens", "seconds", "flops"]].isna().all(axis=None)
@@ -101,8 +96,8 @@ def test_a_curve_of_steps_and_losses_alone_is_enough(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("iteration,loss\n1,4.0\n", ["theirs.csv", "no column step", "iteration, loss"]),
-        ("step,val\n1,4.0\n", ["theirs.csv", "no column loss", "step, val"]),
+        ("iteration,loss\n1,4.0\n", ["theirs.csv", "columns iteration, loss", "needs step"]),
+        ("step,val\n1,4.0\n", ["theirs.csv", "columns step, val", "needs step and loss"]),
         ("step,loss\n1,four\n", ["theirs.csv", "four"]),
         ("", ["theirs.csv", "remove it"]),
     ],
@@ -159,6 +154,12 @@ def test_paired_difference_is_a_paired_t_test():
     assert found["difference"] == pytest.approx(-0.3)
     assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
     assert math.isnan(analysis.paired_difference([1.0], [2.0])["low"])
+
+
+def test_seed_whose_run_failed_leaves_its_pair_out():
+    pairs = analysis.paired_difference([3.0, 3.2, math.nan], [3.3, 3.4, 3.5])
+    assert pairs == analysis.paired_difference([3.0, 3.2], [3.3, 3.4]) and pairs["n"] == 2
+    assert analysis.paired_difference([math.nan], [1.0])["n"] == 0
 
 
 def test_splits_are_counted_by_documents_text_and_tokens():

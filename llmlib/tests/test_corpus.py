@@ -93,21 +93,12 @@ def test_corpus_without_a_text_column_lists_its_columns(tmp_path: Path, suffix: 
         _read(path)
 
 
-@pytest.mark.parametrize("suffix", ["txt", "parquet", "jsonl"])
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
 def test_invalid_utf8_is_replaced_and_marked(tmp_path: Path, suffix: str) -> None:
     path, bad = tmp_path / f"my.{suffix}", b"good \xff\xfe bad"
-    if suffix == "parquet":
-        path.write_bytes(parquet(["fine", bad]))
-    else:
-        path.write_bytes(b'{"text": "' + bad + b'"}\n' if suffix == "jsonl" else bad)
-    document = _read(path)[-1]
-    assert document.text == "good \ufffd\ufffd bad"
-    assert not document.is_utf8
-
-
-def test_null_and_empty_documents_are_told_apart(tmp_path: Path) -> None:
-    (tmp_path / "my.parquet").write_bytes(parquet(["a", None, "", "b"]))
-    assert [document.raw for document in _read(tmp_path / "my.parquet")] == [b"a", None, b"", b"b"]
+    path.write_bytes(b'{"text": "' + bad + b'"}\n' if suffix == "jsonl" else bad)
+    [document] = _read(path)
+    assert document.text == "good \ufffd\ufffd bad" and not document.is_utf8
 
 
 @pytest.mark.parametrize("damage", ["cut short", "overwritten", "not json"])

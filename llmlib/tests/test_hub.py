@@ -121,8 +121,3 @@ def test_rows_of_a_csv_data_set_are_documents(hub: hub_server.Hub, tmp_path: Pat
     hub.commit("me/csv", {"data/train.csv": csv.encode()})
     _prepare(hub, tmp_path, corpus="me/csv")
     _assert_same_as_local(tmp_path, {"train.parquet": hub_server.parquet(rows)})
-
-
-def test_unknown_data_set_is_named(hub: hub_server.Hub, tmp_path: Path) -> None:
-    _, message = _prepare(hub, tmp_path, corpus="me/nothing")
-    assert "ValueError: corpus='me/nothing' could not be opened" in message

@@ -20,9 +20,8 @@ def test_sizes_are_whole_runs_at_planned_token_counts(scale):
     tokens_per_step = base.train.n_sequences * base.model.seq_len
     assert min(counts) >= 8 * tokens_per_step
     for model, train in settings.values():
-        assert train.lr == pytest.approx(
-            base.train.lr * (base.model.d_model / model.d_model) ** 0.5
-        )
+        expected = base.train.lr * (base.model.d_model / model.d_model) ** 0.5
+        assert train.lr == pytest.approx(expected)
         assert (model.vocab_size, model.seq_len) == (base.model.vocab_size, base.model.seq_len)
 
 

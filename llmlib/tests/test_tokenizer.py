@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import random
 import socket
 from pathlib import Path
+from string import ascii_letters
 
 import numpy as np
 import pytest
 import tiktoken
 
-from llmlib import prepare
-from llmlib.config import DataConfig
-from llmlib.tests.hub_server import texts, write_corpus
+from llmlib.tests.hub_server import texts
 from llmlib.tokenizer import (
     END_OF_TEXT,
     MARK,
     DocumentEncoder,
+    describe,
     load_tiktoken,
     load_tokenizer,
     save_tokenizer,
-    tokenizer_hash,
     train_bpe,
 )
 
@@ -44,57 +42,35 @@ def bpe() -> tiktoken.Encoding:
 
 def test_trained_bpe_encodes_as_the_tokenizers_library_does(bpe: tiktoken.Encoding) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     reference = Tokenizer(models.BPE())
     reference.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=399, initial_alphabet=alphabet, show_progress=False)
     reference.train_from_iterator(texts(300, seed=1) + strange_texts(300), trainer)
-    byte_of = {c: bytes([i]) for i, c in enumerate(_byte_characters())}
+    byte_of = {character: bytes([i]) for i, character in bytes_to_unicode().items()}
     for text in texts(50, seed=2) + strange_texts(50):
         theirs = [b"".join(byte_of[c] for c in word) for word in reference.encode(text).tokens]
-        assert bpe.decode_tokens_bytes(bpe.encode_ordinary(text)) == theirs
+        ours = bpe.encode_ordinary(text)
+        assert bpe.decode_tokens_bytes(ours) == theirs
+        assert bpe.decode(ours) == text
+    assert bpe.n_vocab == 400 and bpe.special_tokens_set == {END_OF_TEXT} and bpe.eot_token == 399
 
 
-def _byte_characters() -> list[str]:
-    """The characters of GPT-2's byte alphabet, as transformers builds it."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    return [bytes_to_unicode()[i] for i in range(256)]
-
-
-def test_trained_bpe_has_the_asked_size_and_one_special_token(bpe: tiktoken.Encoding) -> None:
-    assert bpe.n_vocab == 400
-    assert bpe.special_tokens_set == {END_OF_TEXT}
-    assert bpe.encode_single_token(END_OF_TEXT) == 399
-
-
-def test_decoding_gives_the_text_back(bpe: tiktoken.Encoding) -> None:
-    for text in texts(50, seed=3) + strange_texts(50):
-        assert bpe.decode(bpe.encode_ordinary(text)) == text
-
-
-def test_saved_bpe_encodes_alike_when_loaded(bpe: tiktoken.Encoding, tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text(save_tokenizer(bpe))
+@pytest.mark.parametrize("name", ["bpe", "gpt2"])
+def test_saved_tokenizer_encodes_alike_when_loaded(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    encoding = request.getfixturevalue(name)
+    (tmp_path / "tokenizer.json").write_text(save_tokenizer(encoding))
     loaded = load_tokenizer(tmp_path / "tokenizer.json")
-    assert tokenizer_hash(loaded) == tokenizer_hash(bpe)
-    assert [loaded.encode_ordinary(t) for t in strange_texts(50)] == [
-        bpe.encode_ordinary(t) for t in strange_texts(50)
-    ]
-
-
-def test_altered_tokenizer_is_refused(bpe: tiktoken.Encoding, tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    record = json.loads(save_tokenizer(bpe))
-    record["words"][300:302] = record["words"][301:299:-1]  # two merges in each other's place
-    path.write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"tokenizer\.json .* does not hold the tokenizer"):
-        load_tokenizer(path)
+    assert describe(loaded) == describe(encoding)
+    assert all(loaded.encode_ordinary(t) == encoding.encode_ordinary(t) for t in strange_texts(50))
 
 
 def _assert_equals_encode_ordinary(encoding: tiktoken.Encoding, documents: list[str]) -> None:
-    end = encoding.encode_single_token(END_OF_TEXT)
-    expected = [[*encoding.encode_ordinary(text), end] for text in documents]
+    expected = [[*encoding.encode_ordinary(text), encoding.eot_token] for text in documents]
     tokens, counts = DocumentEncoder(encoding).encode(documents)
     assert counts == [len(e) for e in expected]
     assert tokens.tolist() == [token for e in expected for token in e]
@@ -103,6 +79,7 @@ def _assert_equals_encode_ordinary(encoding: tiktoken.Encoding, documents: list[
 def test_documents_encode_as_encode_ordinary_does(bpe: tiktoken.Encoding) -> None:
     _assert_equals_encode_ordinary(bpe, strange_texts(20_000))
     _assert_equals_encode_ordinary(bpe, [f"a {MARK} b", "two  words", ""])
+    _assert_equals_encode_ordinary(bpe, ["".join(random.choices(ascii_letters, k=10_000_000))])
 
 
 def test_every_character_encodes_as_encode_ordinary_does(gpt2: tiktoken.Encoding) -> None:
@@ -121,14 +98,12 @@ def test_large_vocabulary_takes_four_bytes() -> None:
     assert tokens.tolist() == [97, 98, 70_000, 99, 70_000] and counts == [3, 2]
 
 
-def test_unknown_tokenizer_is_named_with_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"tokenizer='gpt3' is unknown; choose 'bpe'.*gpt2"):
-        load_tiktoken("gpt3")
-
-
-def test_missing_vocabulary_says_what_to_put_where(
+def test_unknown_tokenizer_and_missing_vocabulary_say_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer='gpt3' could not .*choose 'bpe'.*gpt2"):
+        load_tiktoken("gpt3")
+
     def refuse(*_: object) -> None:
         raise OSError("network is unreachable")
 
@@ -136,15 +111,5 @@ def test_missing_vocabulary_says_what_to_put_where(
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
-    names = "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6.*6d1cbeee0f20b3d9449abfede4726ed8212e3aee"
-    with pytest.raises(ValueError, match=f"TIKTOKEN_CACHE_DIR.*{names}.*tokenizer='bpe'"):
+    with pytest.raises(ValueError, match=r"tokenizer='gpt2' could not .*set TIKTOKEN_CACHE_DIR"):
         load_tiktoken("gpt2")
-    corpus = write_corpus(tmp_path / "corpus", n_shards=1, n_documents=10)
-    config = DataConfig(corpus=str(corpus), tokenizer="gpt2", test_size=0.1)
-    with pytest.raises(ValueError, match="TIKTOKEN_CACHE_DIR"):
-        prepare.prepare(config, tmp_path / "tokens")
-
-
-def test_vocabulary_of_the_cache_is_gpt2s(gpt2: tiktoken.Encoding) -> None:
-    assert gpt2.encode_ordinary("Hello world") == [15496, 995]
-    assert gpt2.encode_single_token(END_OF_TEXT) == 50256
