@@ -8,6 +8,7 @@ number back from the device.
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 
 import torch
@@ -159,7 +160,13 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """Choose bf16 where the hardware multiplies in it, else fp32; weights are fp32 either way."""
+    """Choose bf16 where the hardware multiplies in it, else fp32; weights are fp32 either way.
+
+    The environment's LLMLIB_DTYPE ("float32" or "bfloat16") goes first: numbers of two machines
+    compare only in one type.
+    """
+    if name := os.environ.get("LLMLIB_DTYPE"):
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if device.type == "cuda":
         pays = torch.cuda.get_device_capability(device) >= (8, 0)
     else:

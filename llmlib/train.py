@@ -604,9 +604,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--supervised", action="store_true", help="stop when stdin is closed")
     options = parser.parse_args(arguments)
     must_stop = watch(options.supervised)
-    torch.set_float32_matmul_precision("high")
     keep_freed_memory()
     group = Group.join()
+    if compute_dtype(pick_device(group.local_rank)) != torch.float32:
+        torch.set_float32_matmul_precision("high")
     try:
         model_config, config = read_config(options.run)
         with lock(options.run, group):

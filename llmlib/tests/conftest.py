@@ -14,6 +14,8 @@ import tiktoken
 
 os.environ["OMP_NUM_THREADS"] = "1"  # at these sizes, threads only wait for each other
 
+os.environ["LLMLIB_DTYPE"] = "float32"  # the same numbers on every machine
+
 from llmlib import prepare, runs
 from llmlib.config import PRESETS, ModelConfig, TrainConfig, to_json
 from llmlib.tokenizer import load_tiktoken

@@ -4,9 +4,12 @@ import os
 import signal
 
 import pytest
+import torch
 
 from llmlib import checkpoint, runs
 from llmlib.config import PRESETS, override
+from llmlib.optim import compute_dtype
+from llmlib.step import pick_device
 from llmlib.train import Stopped, Trainer
 
 SMOKE = PRESETS["smoke"]
@@ -35,19 +38,25 @@ def alone(smoke_tokens, tmp_path_factory):
     return losses(run)
 
 
+@pytest.mark.parametrize(("dtype", "rel"), [("float32", 1e-5), ("bfloat16", 2**-9)])
 def test_two_processes_reproduce_the_losses_of_one(
-    make_run, start_training, smoke_tokens, tmp_path
+    make_run, start_training, smoke_tokens, tmp_path, monkeypatch, dtype, rel
 ):
+    monkeypatch.delenv("LLMLIB_DTYPE")
+    if dtype == "bfloat16" and compute_dtype(pick_device()) != torch.bfloat16:
+        pytest.skip("this processor has no bf16 units")
+    monkeypatch.setenv("LLMLIB_DTYPE", dtype)
     train_alone(tmp_path / "alone", smoke_tokens, CONFIG).run()
     run = make_run(SMOKE.model, CONFIG)
     status, output = start_training(run, smoke_tokens, job=JOB).finish()
     assert status == 0, output
-    assert losses(run) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
+    assert losses(run) == pytest.approx(losses(tmp_path / "alone"), rel=rel)
     result = runs.read_json(run / "training.json")
     reference = runs.read_json(tmp_path / "alone" / "training.json")
+    assert result["dtype"] == reference["dtype"] == dtype
     assert result["n_processes"] == 2 and reference["n_processes"] == 1
     assert result["tokens_per_step"] == reference["tokens_per_step"]
-    assert result["val"]["loss"] == pytest.approx(reference["val"]["loss"], rel=1e-5)
+    assert result["val"]["loss"] == pytest.approx(reference["val"]["loss"], rel=rel)
 
 
 def test_killed_process_ends_the_job_and_its_checkpoint_serves_other_numbers_of_processes(

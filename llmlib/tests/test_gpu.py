@@ -28,8 +28,9 @@ SMOKE = PRESETS["smoke"]
 
 
 @pytest.fixture(autouse=True)
-def clean():
+def clean(monkeypatch):
     """Every test begins with an empty device and full fp32 products, and leaves them behind."""
+    monkeypatch.delenv("LLMLIB_DTYPE", raising=False)
     torch.set_float32_matmul_precision("highest")
     yield
     torch.set_float32_matmul_precision("highest")

@@ -628,9 +628,8 @@ def fixed_text(n_words=60_000):
     return "".join(words)
 
 
-def test_twenty_steps_reproduce_the_stored_loss_curve(tmp_path, monkeypatch):
+def test_twenty_steps_reproduce_the_stored_loss_curve(tmp_path):
     """Stored by running this test with the file absent, then looking at it."""
-    monkeypatch.setattr(train, "compute_dtype", lambda _: torch.float32)
     (tmp_path / "text.txt").write_text(fixed_text())
     data = DataConfig(corpus=str(tmp_path / "text.txt"), tokenizer="bpe", bpe_vocab_size=512)
     data = override(data, test_size=0.1)
