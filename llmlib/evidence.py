@@ -144,6 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     out = options.out.expanduser().resolve()
     out.mkdir(parents=True, exist_ok=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background jobs
     signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
     signal.setitimer(signal.ITIMER_REAL, 60 * options.minutes)
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,9 @@ os.environ["LLMLIB_DTYPE"] = "float32"  # the same numbers on every machine
 from llmlib import prepare, runs
 from llmlib.config import PRESETS, ModelConfig, TrainConfig, to_json
 from llmlib.tokenizer import load_tiktoken
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children ignore it
+HELD_TRAIN = Path(__file__).with_name("held_train.py")
 
 
 @pytest.fixture(scope="session")
@@ -55,15 +59,27 @@ def make_run(tmp_path: Path) -> Callable[[ModelConfig, TrainConfig], Path]:
 
 
 class Training:
-    """A training process, or a job of several, that runs beside the test."""
+    """A training process, or a job of several, that runs beside the test.
 
-    def __init__(self, run: Path, tokens: Path, *options: str, job: tuple[str, ...] = ()):
+    With ``hold_at`` it goes no further than that step until a signal comes.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        tokens: Path,
+        *options: str,
+        job: tuple[str, ...] = (),
+        hold_at: int | None = None,
+    ):
         self.run = run
-        launcher = ("torch.distributed.run", "--standalone", *job, "-m") if job else ()
-        command = [sys.executable, "-m", *launcher, "llmlib.train", str(run)]
+        launcher = ("-m", "torch.distributed.run", "--standalone", *job) if job else ()
+        program = ("-m", "llmlib.train") if hold_at is None else (str(HELD_TRAIN),)
+        command = [sys.executable, *launcher, *program, str(run)]
         command += ["--tokens", str(tokens), *options]
         self.process = subprocess.Popen(
             command,
+            env=os.environ | {"HOLD_AT": str(hold_at)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -87,7 +103,7 @@ class Training:
         pid = self.process.pid
         return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
-    def finish(self, timeout: float = 120) -> tuple[int, str]:
+    def finish(self, timeout: float = 600) -> tuple[int, str]:
         """Wait for the end and return exit status and output."""
         output, _ = self.process.communicate(timeout=timeout)
         return self.process.returncode, output

@@ -15,7 +15,7 @@ from llmlib.train import Stopped, Trainer
 SMOKE = PRESETS["smoke"]
 JOB = ("--nproc-per-node", "2")
 CONFIG = override(SMOKE.train, micro_batch=4, grad_accum=4, n_evals=1)
-LONG = override(CONFIG, budget_steps=60, checkpoint_minutes=0.005)
+LONG = override(CONFIG, budget_steps=60, checkpoint_minutes=1e-4)
 
 
 def losses(run):
@@ -67,7 +67,7 @@ def test_killed_process_ends_the_job_and_its_checkpoint_serves_other_numbers_of_
     first.must_stop = lambda: "tested" if first.progress.step == 20 else None
     with pytest.raises(Stopped):
         first.run()  # one process
-    job = start_training(run, smoke_tokens, job=JOB)  # two go on
+    job = start_training(run, smoke_tokens, job=JOB, hold_at=45)  # two go on
     job.wait_for_step(35)
     os.kill(job.workers()[1], signal.SIGKILL)
     status, output = job.finish()
@@ -85,7 +85,7 @@ def test_restarting_job_goes_on_after_a_process_is_killed(
     make_run, start_training, smoke_tokens, alone
 ):
     run = make_run(SMOKE.model, LONG)
-    job = start_training(run, smoke_tokens, job=(*JOB, "--max-restarts", "1"))
+    job = start_training(run, smoke_tokens, job=(*JOB, "--max-restarts", "1"), hold_at=45)
     job.wait_for_step(20)
     os.kill(job.workers()[0], signal.SIGKILL)  # the one that leads
     status, output = job.finish()
@@ -95,7 +95,7 @@ def test_restarting_job_goes_on_after_a_process_is_killed(
 
 
 def test_job_stops_on_a_signal_and_has_saved(make_run, start_training, smoke_tokens):
-    run = make_run(SMOKE.model, override(LONG, budget_steps=5000))
+    run = make_run(SMOKE.model, override(LONG, budget_steps=10**6))
     job = start_training(run, smoke_tokens, "--supervised", job=JOB)
     job.wait_for_step(10)
     job.process.send_signal(signal.SIGTERM)

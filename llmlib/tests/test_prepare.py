@@ -140,6 +140,12 @@ def slow(*arguments):
     time.sleep(0.01)
     append(*arguments)
 prepare.TokenFile.append = slow
+write_json = prepare.runs.write_json
+def never_end(path, value):
+    if path.name == "manifest.json":
+        time.sleep(1e9)
+    write_json(path, value)
+prepare.runs.write_json = never_end
 prepare.prepare(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]))
 """
 

@@ -3,7 +3,10 @@
 import math
 import os
 import statistics
+import subprocess
+import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -255,6 +258,17 @@ def test_interrupted_study_goes_on_where_it_stopped(finished, smoke_tokens, tmp_
     settings = {name: s for name, s in ladder().items() if "16384" not in name}
     trunk, cooling = (tmp_path / name for name in settings)
 
+    def start(run, tokens, **_):  # it can't end before the interrupt
+        command = [sys.executable, Path(__file__).with_name("held_train.py"), run, "--supervised"]
+        with open(run / "train.log", "a") as log:
+            return subprocess.Popen(
+                [*command, "--tokens", tokens],
+                env=os.environ | {"HOLD_AT": "50"},
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=log,
+            )
+
     def sleep(_):
         time.sleep(0.02)
         if last_metrics(trunk) is not None:
@@ -262,6 +276,7 @@ def test_interrupted_study_goes_on_where_it_stopped(finished, smoke_tokens, tmp_
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(study, "time", SimpleNamespace(monotonic=time.monotonic, sleep=sleep))
+        patch.setattr(study, "start_training", start)
         study.run_study(tmp_path, settings, smoke_tokens)
     assert runs.lock_owner(trunk) is None  # nobody is left behind
     assert "the supervising process is gone: saved and stopped" in (trunk / "train.log").read_text()

@@ -82,7 +82,7 @@ def test_killed_run_matches_uninterrupted_run(make_run, start_training, smoke_to
     run = make_run(SMOKE.model, LONG)
     rng = random.Random()
     for least in (1, 35, 75):
-        training = start_training(run, smoke_tokens)
+        training = start_training(run, smoke_tokens, hold_at=120)
         training.wait_for_step(least + rng.randrange(25))
         training.process.kill()  # cannot be caught
         assert training.finish()[0] == -signal.SIGKILL
@@ -99,7 +99,8 @@ def test_stopped_run_saves_itself_and_matches_uninterrupted_run(
 ):
     run = make_run(SMOKE.model, LONG)
     for step, how, status in ((5, "SIGTERM", 143), (40, "SIGINT", 130), (80, "pipe", 143)):
-        training = start_training(run, smoke_tokens, *(["--supervised"] if how == "pipe" else []))
+        options = ["--supervised"] if how == "pipe" else []
+        training = start_training(run, smoke_tokens, *options, hold_at=120)
         training.wait_for_step(step)
         if how == "pipe":
             training.process.stdin.close()  # as when the supervisor dies
