@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # at these sizes, threads only wait for eac
 from llmlib import runs
 from llmlib.config import SCALES, ModelConfig, TrainConfig, override
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 SMOKE = SCALES["smoke"]
 FP32 = override(SMOKE.train, dtype="float32")  # where numbers are compared, on any processor
 
