@@ -267,8 +267,9 @@ def train_run(run: Path, must_stop: Callable[[], str | None], local_rank: int) -
         return 0
     except (ValueError, locks.Locked, Diverged) as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        with suppress(OSError), open(run / "train.log", "a") as log:  # not only the first run's
-            log.write(f"error: {error}\n")
+        if not isinstance(error, locks.Locked):  # a launcher logs to the first of several runs
+            with suppress(OSError), open(run / "train.log", "a") as log:
+                log.write(f"error: {error}\n")
         return 3 if isinstance(error, Diverged) else 2
     except (RuntimeError, OSError, AssertionError) as error:
         traceback.print_exc()
