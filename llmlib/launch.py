@@ -32,14 +32,8 @@ def start(
 
     What it prints goes to ``train.log`` of the first run.
     """
-    command = [sys.executable, "-m"]
-    if n_processes > 1:
-        command += [
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc-per-node={n_processes}",
-            "-m",
-        ]
+    torchrun = f"torch.distributed.run --standalone --nproc-per-node={n_processes} -m".split()
+    command = [sys.executable, "-m", *(torchrun if n_processes > 1 else [])]
     command += ["llmlib.train", *map(str, folders)]
     threads = {} if n_threads is None else {"OMP_NUM_THREADS": str(n_threads)}
     with open(folders[0] / "train.log", "a") as log:
@@ -129,7 +123,8 @@ def run_many(folders: list[Path]) -> None:
             worker.stdin.close()
         for worker in workers:
             worker.wait()
-    live.show(f"{len(folders)} runs done")
+    n_done = sum(runs.read_result(run) is not None for run in folders)
+    live.show(f"{n_done}/{len(folders)} runs done")  # the others failed
 
 
 def _split(items: list, n: int) -> list[list]:

@@ -240,12 +240,13 @@ class Trainer(ResumableRun):
 def watch_signals() -> Callable[[], str | None]:
     """Watch for signals and, if a launcher watches us, for the end of its pipe on stdin.
 
-    A launcher writes ``watched`` into the pipe first.
+    A launcher writes ``watched`` into the pipe first. Processes of one job share the pipe: what one
+    reads, no other sees, so only the main process watches it.
     """
     reasons: list[str] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda n, _: reasons.append(f"received {signal.Signals(n).name}"))
-    is_pipe = stat.S_ISFIFO(os.fstat(0).st_mode)
+    is_pipe = step.is_main() and stat.S_ISFIFO(os.fstat(0).st_mode)
     is_watched = is_pipe and select.select([0], [], [], 0)[0] and os.read(0, 8) == b"watched\n"
 
     def reason() -> str | None:
@@ -290,11 +291,12 @@ def main(arguments: list[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(prog="python -m llmlib.train", description=main.__doc__)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="folder of a run")
-    folders, must_stop = parser.parse_args(arguments).runs, watch_signals()
+    folders = parser.parse_args(arguments).runs
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.cache_size_limit = 64  # of shapes in one process
     step.keep_freed_memory()
     local_rank, statuses = step.join_processes(), []
+    must_stop = watch_signals()
     try:
         for run in folders:
             statuses.append(train_run(run, must_stop, local_rank))

@@ -95,6 +95,15 @@ def test_job_stops_on_a_signal_and_has_saved(make_run, start_training, smoke_tok
     assert f": saved and stopped at step {newest}." in output  # by the signal, or by closed stdin
 
 
+def test_job_whose_launcher_is_gone_saves_and_leaves(make_run, start_training):
+    run = make_run(override(LONG, budget_steps=10**6))
+    job = start_training(run, watched=True, job=JOB)
+    job.wait_for_step(1)
+    _, output = job.finish()  # closes the pipe
+    newest = int(checkpoint.newest_valid(run / "checkpoints").name)
+    assert f"the watching process is gone: saved and stopped at step {newest}." in output
+
+
 def test_locked_run_refuses_the_whole_job(make_run, start_training, smoke_tokens):
     run = make_run(CONFIG)
     with locks.lock(run):

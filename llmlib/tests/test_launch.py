@@ -82,12 +82,13 @@ def test_launching_again_attaches_to_a_run_that_is_still_there(make_run, capsys,
     assert "attached to process 1 on here" in capsys.readouterr().out
 
 
-def test_many_runs_are_trained_and_a_failure_keeps_no_other(make_run):
+def test_many_runs_are_trained_and_a_failure_keeps_no_other(make_run, capsys):
     good = [make_run(SHORT) for _ in range(3)]
     bad = make_run(override(FP32, lr=1e30, grad_clip=1e30))
     launch.run_many([bad, *good])
     assert [runs.read_result(run)["n_steps"] for run in good] == [5, 5, 5]
     assert runs.read_result(bad) is None
+    assert capsys.readouterr().out.endswith("3/4 runs done")
 
 
 def test_interrupting_many_runs_stops_them_all(make_run):
