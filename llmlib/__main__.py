@@ -15,6 +15,9 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +44,8 @@ class Failed(Exception):
 
 def run_all(scale: str, only: str | None, parameters: dict[str, str], runs_dir: str) -> None:
     """Run the selected notebooks at a scale; parameters are given as text."""
-    minutes = dict(zip(select(None), get_scale(scale).minutes, strict=False))
     stems, folder = select(only), runs.runs_folder(scale, runs_dir)
+    minutes = dict(zip(select(None), get_scale(scale).minutes, strict=False))
     if (corpus := parameters.get("corpus")) and Path(corpus).exists():
         parameters = parameters | {"corpus": str(Path(corpus).resolve())}
     known = {stem: papermill.inspect_notebook(str(NOTEBOOKS / f"{stem}.ipynb")) for stem in stems}
@@ -60,7 +63,7 @@ def run_all(scale: str, only: str | None, parameters: dict[str, str], runs_dir: 
         must_run = must_run or not is_finished(stem, record, values)
         if must_run:
             left = sum(minutes.get(later, 0.0) for later in stems[i:])
-            with StatusLine(title, record, 60 * left):
+            with status_line(title, record, 60 * left):
                 execute(stem, record, values)
         else:
             print(f"{title}: finished earlier, kept", flush=True)
@@ -70,19 +73,16 @@ def run_all(scale: str, only: str | None, parameters: dict[str, str], runs_dir: 
 def select(only: str | None) -> list[str]:
     """List notebooks in order: all, or those that ``only`` names ("3", "03_sizing", "01-03,05")."""
     stems = sorted(path.stem for path in NOTEBOOKS.glob("[0-9]*.ipynb"))
-    if only is None:
-        return stems
     chosen: set[str] = set()
-    for part in only.split(","):
+    for part in ("00-99" if only is None else only).split(","):
         first, _, last = part.strip().partition("-")
         ends = (first, last or first)
         first, last = (name[:2] if name in stems else name.rjust(2, "0") for name in ends)
-        if not (named := [s for s in stems if first <= s[:2] <= last and first.isdigit()]):
-            raise ValueError(
-                f"notebook {part.strip()!r} is unknown; choose from {', '.join(stems)}."
-            )
+        named = [stem for stem in stems if first <= stem[:2] <= last and first.isdigit()]
+        if not named:
+            raise ValueError(f"notebook {part!r} is unknown; choose from {', '.join(stems)}.")
         chosen.update(named)
-    return [s for s in stems if s in chosen]
+    return sorted(chosen)
 
 
 def parse(name: str, text: str, kind: str) -> Any:
@@ -144,45 +144,35 @@ def execute(stem: str, record: Path, values: dict[str, Any]) -> None:
     os.replace(partial, record / "notebook.ipynb")
 
 
-class StatusLine:
-    """A line per notebook with elapsed time, time left, and the training run's own progress."""
+@contextmanager
+def status_line(title: str, record: Path, seconds_left: float) -> Iterator[None]:
+    """Show time spent and left, and how far the record's training run is, while a notebook runs."""
+    begin, end, pause = ("\r\033[K", "", 1.0) if sys.stdout.isatty() else ("", "\n", 30.0)
+    ended, started, outcome = threading.Event(), time.monotonic(), "stopped"
 
-    def __init__(self, title: str, record: Path, seconds_left: float):
-        self.title, self.record, self.expected = title, record, seconds_left
-        self.ended, self.started = threading.Event(), time.monotonic()
-        self.thread = threading.Thread(target=self._watch, daemon=True)
+    def elapsed() -> timedelta:
+        return timedelta(seconds=int(time.monotonic() - started))
 
-    def __enter__(self) -> None:
-        self.thread.start()
+    def watch() -> None:
+        while not ended.is_set():
+            text = f"{begin}{title}: {elapsed()} elapsed"
+            if seconds_left:
+                left = timedelta(seconds=int(seconds_left)) - elapsed()
+                text += f", about {max(left, timedelta(seconds=5))} left in all"
+            if (record / "metrics.jsonl").exists() and runs.read_result(record) is None:
+                text += f" | {launch.progress_line(record)}"
+            print(text, end=end, flush=True)
+            ended.wait(pause)
 
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self.ended.set()
-        self.thread.join()
-        elapsed, end = time.monotonic() - self.started, "done" if kind is None else "stopped"
-        start = "\r\033[K" if sys.stdout.isatty() else ""
-        print(f"{start}{self.title}: {end} after {clock(elapsed)}", flush=True)
-
-    def _watch(self) -> None:
-        is_terminal = sys.stdout.isatty()
-        while True:
-            text = f"\r\033[K{self._text()}" if is_terminal else f"{self._text()}\n"
-            print(text, end="", flush=True)
-            if self.ended.wait(1.0 if is_terminal else 30.0):
-                return
-
-    def _text(self) -> str:
-        elapsed = time.monotonic() - self.started
-        text = f"{self.title}: {clock(elapsed)} elapsed"
-        if self.expected:
-            text += f", about {clock(max(self.expected - elapsed, 5.0))} left in all"
-        is_training = (self.record / "metrics.jsonl").exists()
-        if is_training and runs.read_result(self.record) is None:
-            text += f" | {launch.progress_line(self.record)}"
-        return text
-
-
-def clock(seconds: float) -> str:
-    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+        outcome = "done"
+    finally:
+        ended.set()
+        thread.join()
+        print(f"{begin}{title}: {outcome} after {elapsed()}", flush=True)
 
 
 def find_run(name: str) -> Path:

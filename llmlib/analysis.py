@@ -21,12 +21,8 @@ CURVE_COLUMNS = ["kind", "step", *AXES, "loss", "val_loss", "lr", "grad_norm"]
 
 def find_runs(*folders: Path) -> dict[str, Path]:
     """Find the training runs in the folders, finished or not; trials of a study lie deeper."""
-    found = _find("*/metrics.jsonl", folders)
-    return {
-        str(name.parent): path.parent
-        for name, path in found
-        if (path.parent / "config.json").exists()
-    }
+    found = [(name.parent, path.parent) for name, path in _find("*/metrics.jsonl", folders)]
+    return {str(name): run for name, run in found if (run / "config.json").exists()}
 
 
 def find_external(*folders: Path) -> dict[str, Path]:
@@ -91,19 +87,16 @@ def fit_slope(curve: pd.DataFrame, n_bins: int = 16) -> dict[str, float]:
     return {"slope": float(fit.slope), "standard_error": float(fit.stderr)}
 
 
-def mean_interval(values: ArrayLike) -> dict[str, float]:
-    """Mean of n runs with its 95 % interval (Student's t); failed runs (NaN) are left out."""
-    values = np.asarray(values, float)
-    values = values[np.isfinite(values)]
-    n, mean = len(values), float(values.mean()) if len(values) else math.nan
-    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(values)) if n > 1 else math.nan
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
-
-
 def paired_difference(ours: ArrayLike, theirs: ArrayLike) -> dict[str, float]:
-    """Compare runs seed by seed: mean of ours - theirs with its 95 % interval."""
-    found = mean_interval(np.asarray(ours, float) - np.asarray(theirs, float))
-    return {"difference": found.pop("mean")} | found
+    """Compare n runs seed by seed: mean of ours - theirs with its 95 % interval (Student's t).
+
+    A pair with a failed run (NaN) is left out. One pair has no interval, none no mean (NaN).
+    """
+    pairs = np.asarray(ours, float) - np.asarray(theirs, float)
+    pairs = pairs[np.isfinite(pairs)]
+    n, mean = len(pairs), float(pairs.mean()) if len(pairs) else math.nan
+    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(pairs)) if n > 1 else math.nan
+    return {"difference": mean, "low": mean - half, "high": mean + half, "n": n}
 
 
 def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
@@ -157,12 +150,11 @@ def domain_comparison(found: dict[str, Path]) -> pd.DataFrame:
 
 def results_table(found: dict[str, Path]) -> pd.DataFrame:
     """One row per finished run: size, tokens, and the final scores on the validation split."""
-    results = {name: runs.read_result(path) for name, path in found.items()}
     rows = []
-    for name, result in results.items():
-        if result is None:
+    for name, path in found.items():
+        if (result := runs.read_result(path)) is None:
             continue
-        config, val = runs.read_config(found[name]), result["val"]
+        config, val = runs.read_config(path), result["val"]
         row = {"run": name, "arch": config["model"]["arch"], "parameters": result["n_params"]}
         row |= {"tokens": result["n_tokens"], "seconds": sum(result["seconds"].values())}
         row |= {score: val[score] for score in ("loss", "perplexity", "accuracy")}

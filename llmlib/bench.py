@@ -38,7 +38,7 @@ from llmlib.tokenizer import load_tokenizer
 
 SHAPES = {  # (n_layer, d_model): deep and wide at about equal parameters, and other sizes
     "smoke": [(2, 32)],
-    "laptop": [(4, 96), (1, 160)],
+    "laptop": [(4, 96), (1, 160), (2, 64)],
     "a100": [(6, 768), (20, 768), (6, 1280), (10, 1536)],
 }
 TURNS = {  # turns of each variant, and timed steps in each

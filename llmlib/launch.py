@@ -7,13 +7,13 @@ same folder again attaches to the run if it is still there, and otherwise resume
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +103,18 @@ def run_many(folders: list[Path]) -> None:
     and keeps the graphs it has compiled, so runs of equal shape go to the same one.
     """
     waiting = [run for run in folders if runs.read_result(run) is None]
-    n_workers = 1 if torch.cuda.is_available() else min(runs.n_cores(), max(len(waiting), 1))
     waiting.sort(key=lambda run: str(runs.read_run(run).model))
-    shares = [list(share) for share in _split(waiting, n_workers) if share]
-    workers = [start(share, n_threads=None if n_workers == 1 else 1) for share in shares]
+    n_workers = 1 if torch.cuda.is_available() else runs.n_cores()
+    n_each = math.ceil(len(waiting) / n_workers) or 1
+    shares = [waiting[i : i + n_each] for i in range(0, len(waiting), n_each)]
+    workers = [start(share, n_threads=1 if len(shares) > 1 else None) for share in shares]
     live, started = Live(folders[0]), time.monotonic()
     try:
         while any(worker.poll() is None for worker in workers):
-            n_done = sum(runs.read_result(run) is not None for run in waiting)
-            elapsed = time.monotonic() - started
-            text = f"{n_done}/{len(waiting)} runs done"
+            text, n_done = _count_done(waiting)
             if n_done:
-                left = elapsed / n_done * (len(waiting) - n_done) / 60
-                text += f", about {left:.1f} min left"
+                seconds_left = (time.monotonic() - started) / n_done * (len(waiting) - n_done)
+                text += f", about {seconds_left / 60:.1f} min left"
             live.show(text)
             time.sleep(POLL_SECONDS)
     finally:
@@ -123,13 +122,12 @@ def run_many(folders: list[Path]) -> None:
             worker.stdin.close()
         for worker in workers:
             worker.wait()
+    live.show(_count_done(folders)[0])  # the others failed
+
+
+def _count_done(folders: list[Path]) -> tuple[str, int]:
     n_done = sum(runs.read_result(run) is not None for run in folders)
-    live.show(f"{n_done}/{len(folders)} runs done")  # the others failed
-
-
-def _split(items: list, n: int) -> list[list]:
-    bounds = [round(i * len(items) / n) for i in range(n + 1)]
-    return [items[a:b] for a, b in itertools.pairwise(bounds)]
+    return f"{n_done}/{len(folders)} runs done", n_done
 
 
 def progress_line(run: Path) -> str:
@@ -140,11 +138,10 @@ def progress_line(run: Path) -> str:
     row = rows.iloc[-1]
     done = round(20 * row.progress)
     mfu = "n/a" if row.mfu is None or math.isnan(row.mfu) else f"{row.mfu:.0%}"
-    left = int(row.seconds_left)
-    clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+    left = timedelta(seconds=int(row.seconds_left))
     return (
         f"{'█' * done}{'░' * (20 - done)} {row.progress:4.0%} | step {row.step} | "
-        f"loss {row.loss:.3f} | {row.tokens_per_s:,.0f} tokens/s | MFU {mfu} | {clock} left"
+        f"loss {row.loss:.3f} | {row.tokens_per_s:,.0f} tokens/s | MFU {mfu} | {left} left"
     )
 
 
@@ -152,26 +149,22 @@ class Live:
     """A line that is rewritten in place and, where somebody watches a notebook, a curve beneath it."""
 
     def __init__(self, run: Path) -> None:
-        self.run = run
-        self.line = self.curve = None  # where they are displayed
-        self.drawn_at = -math.inf
+        self.run, self.drawn_at = run, -math.inf
+        self.places: dict[str, Any] = {}  # where the line and the curve are displayed
 
     def show(self, text: str, is_last: bool = False) -> None:
+        """Rewrite the line; draw the curve anew if it is older than ``CURVE_SECONDS``, or the last."""
         if panels.shell() is None:
             print(f"\r{text}", end="", flush=True)
             return
-        self.line = _display({"text/plain": text}, self.line, raw=True)
+        self._display("line", {"text/plain": text}, raw=True)
         is_due = is_last or time.monotonic() > self.drawn_at + CURVE_SECONDS
-        if is_due and panels.is_attended() and (self.run / "metrics.jsonl").exists():
-            curve = analysis.load_curve(self.run)
-            if (curve.kind == "step").sum() > 1:
-                self.curve = _display(plots.training_curve(curve, None), self.curve)
-                self.drawn_at = time.monotonic()
+        if is_due and panels.is_attended() and len(runs.read_metrics(self.run, "step")) > 1:
+            self._display("curve", plots.training_curve(analysis.load_curve(self.run), None))
+            self.drawn_at = time.monotonic()
 
-
-def _display(what: Any, handle: Any, **options: Any) -> Any:
-    """Display something new, or in the place of what the handle displays."""
-    if handle is None:
-        return panels.display(what, display_id=True, **options)
-    handle.update(what, **options)
-    return handle
+    def _display(self, name: str, what: Any, **options: Any) -> None:
+        if name in self.places:
+            self.places[name].update(what, **options)
+        else:
+            self.places[name] = panels.display(what, display_id=True, **options)
