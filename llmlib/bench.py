@@ -36,10 +36,10 @@ from llmlib.optim import build_optimizer
 from llmlib.sizing import count_params, flops_per_token
 from llmlib.tokenizer import load_tokenizer
 
-SHAPES = {  # (n_layer, d_model): deep and wide at about equal parameters, and other sizes
+SHAPES = {  # (n_layer, d_model): about as many parameters as the model but deeper, then others
     "smoke": [(2, 32)],
-    "laptop": [(4, 96), (1, 160), (2, 64)],
-    "a100": [(6, 768), (20, 768), (6, 1280), (10, 1536)],
+    "laptop": [(4, 96), (2, 64)],
+    "a100": [(20, 768), (6, 1280), (6, 768), (10, 1536)],
 }
 TURNS = {  # turns of each variant, and timed steps in each
     "smoke": {"n_rounds": 2, "n_steps": 1},
@@ -63,6 +63,7 @@ class Variant:
     model: ModelConfig
     train: TrainConfig
     change: str = ""  # "LayerNorm" or "transformers"
+    kind: str = "ablation"  # or "micro-batch" or "shape"
     claim: float | None = None  # how much faster ours should be, by the write-up
 
 
@@ -160,7 +161,8 @@ def take_turns(variants: list[Variant], n_rounds: int, n_steps: int) -> pd.DataF
 def _row(variant: Variant, seconds: list[float], reference: list[float]) -> dict[str, Any]:
     """Summarise turns; ``speed_up`` is how much faster the reference was, turn by turn."""
     model, train, seconds = variant.model, variant.train, np.array(seconds)
-    row = {"name": variant.name, "claim": variant.claim, "n_params": count_params(model)}
+    row = {key: getattr(variant, key) for key in ("name", "kind", "claim")}
+    row["n_params"] = count_params(model)
     row |= {key: getattr(model, key) for key in ("n_layer", "d_model")}
     row |= {key: getattr(train, key) for key in ("micro_batch", "grad_accum")}
     speed, speed_up = train.n_sequences * model.seq_len / seconds, seconds / reference
@@ -195,45 +197,33 @@ def profile_step(variant: Variant, n_steps: int) -> pd.DataFrame:
     return table.assign(share=table.seconds / table.seconds.sum())
 
 
-def ablations(model: ModelConfig, train: TrainConfig) -> list[Variant]:
-    """Our step, then our step with one thing changed, with the write-up's claims."""
+def variants(model: ModelConfig, train: TrainConfig, scale: str) -> list[Variant]:
+    """Our step; with one thing changed; cut into other micro-batches; at other shapes."""
     gpt2 = resize(model, arch="gpt2", n_layer=model.n_layer, d_model=model.d_model)
-    half = replace(train, micro_batch=-(-train.micro_batch // 2), grad_accum=2 * train.grad_accum)
-    variants = [
+    found = [
         Variant("ours", model, train),
         Variant("not compiled", model, replace(train, compile=False), claim=1.15),
-        Variant("half the micro-batch", model, half, claim=1.10),
         Variant("LayerNorm", model, train, "LayerNorm", claim=1.0),
         Variant("GPT-2", gpt2, train),
-        Variant("transformers' Llama", model, train, "transformers"),
     ]
-    return variants if find_spec("transformers") else variants[:-1]
-
-
-def beside(model: ModelConfig, train: TrainConfig) -> list[Variant]:
-    """Our step, transformers' Llama in the same step, and ours in fp32 without compiling."""
-    ours = Variant("ours", model, train)
-    plain = replace(train, compile=False, dtype="float32")
-    theirs = replace(ours, name="transformers' Llama", change="transformers")
-    return [ours, theirs, replace(ours, name="ours, fp32, not compiled", train=plain)]
-
-
-def shapes(model: ModelConfig, train: TrainConfig, scale: str) -> list[Variant]:
-    """The model's own shape first, then deeper, wider and larger ones."""
-    pairs = [(model.n_layer, model.d_model), *SHAPES[scale]]
-    sized = [resize(model, arch=model.arch, n_layer=n, d_model=d) for n, d in pairs]
-    return [Variant(f"{m.n_layer} x {m.d_model}", m, train) for m in sized]
-
-
-def micro_batches(model: ModelConfig, train: TrainConfig) -> list[Variant]:
-    """Ways to cut the same step, from half our micro-batch to four times it; ours first."""
-    sizes = [int(train.micro_batch * factor) for factor in (1, 0.5, 2, 4)]
-    cuts = [size for size in sizes if size and train.n_sequences % size == 0]
-    return [Variant(f"{size}", model, with_micro_batch(train, size)) for size in cuts]
+    if find_spec("transformers"):
+        found.append(Variant("transformers' Llama", model, train, "transformers"))
+    for factor, claim in ((0.5, 1.10), (2, None), (4, None)):
+        size = int(train.micro_batch * factor)
+        if size and train.n_sequences % size == 0:
+            cut = with_micro_batch(train, size)
+            found.append(Variant(f"micro-batch {size}", model, cut, "", "micro-batch", claim))
+    for n_layer, d_model in SHAPES[scale]:
+        shape = resize(model, arch=model.arch, n_layer=n_layer, d_model=d_model)
+        found.append(Variant(f"{n_layer} x {d_model}", shape, train, kind="shape"))
+    return found
 
 
 def choose_micro_batch(table: pd.DataFrame) -> dict[str, int]:
-    """Grow the micro-batch until memory ends or speed (by turns) stops rising by more than 2 %."""
+    """Grow the micro-batch until memory ends or speed (by turns) stops rising by more than 2 %.
+
+    ``table`` holds our step and its other micro-batches, as ``measure`` returns them.
+    """
     best, *rest = table.sort_values("micro_batch").itertuples()
     for row in rest:
         if not 1.02 * row.speed_up < best.speed_up:

@@ -34,9 +34,11 @@ notebook.context.ready
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """The notebooks with the parameters of a test."""
+def folder(tmp_path_factory, smoke_records):
+    """The notebooks with the parameters of a test, and records: 05 trains anew, the rest reload."""
     folder = tmp_path_factory.mktemp("jupyterlab")
+    shutil.copytree(smoke_records[0], folder / "runs")
+    shutil.rmtree(folder / "runs" / "05_full_run")
     for stem in workbook.select(None):
         notebook = nbformat.read(workbook.NOTEBOOKS / f"{stem}.ipynb", as_version=4)
         [parameters] = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
