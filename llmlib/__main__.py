@@ -114,7 +114,6 @@ def execute(stem: str, record: Path, values: dict[str, Any]) -> None:
             NOTEBOOKS / f"{stem}.ipynb",
             partial,
             parameters=values,
-            kernel_name="python3",
             extra_arguments=["--log-level=50"],  # its complaints about being shut down
             progress_bar=False,
         )
@@ -153,6 +152,7 @@ def status_line(title: str, record: Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+        print(begin, end="", flush=True)
     show("done after")
 
 

@@ -24,6 +24,7 @@ from llmlib import analysis, sizing
 
 STYLE = Path(__file__).with_suffix(".mplstyle")
 BLUE, ORANGE, SKY, BLACK = "#0072B2", "#D55E00", "#56B4E9", "#000000"
+N_DOMAINS = 15  # shown at most
 DOTTED = {"color": BLACK, "linestyle": ":", "linewidth": 1}
 LABELS = {
     "tokens": "Training tokens",
@@ -87,9 +88,9 @@ def _spread(table: pd.DataFrame, name: str) -> list[pd.Series]:
 
 
 @styled
-def domain_mix(figure: Figure, table: pd.DataFrame, n_shown: int = 15) -> None:
+def domain_mix(figure: Figure, table: pd.DataFrame) -> None:
     """Show each domain's share of tokens and how many bytes a token holds there."""
-    table = table.head(n_shown).iloc[::-1]
+    table = table.head(N_DOMAINS).iloc[::-1]
     figure.set_figheight(0.9 + 0.24 * len(table))
     left, right = figure.subplots(1, 2, sharey=True)
     left.barh(table.domain, 100 * table.share, color=BLUE)
@@ -228,22 +229,21 @@ def compare_curves(
             shown, label = ("val_loss", name) if has_evals else ("smoothed", f"{name} (training)")
             rows = curve[curve[quantity] > 0].dropna(subset=shown)
             if len(rows):
-                style = look | {"markevery": 0.15, "alpha": 1.0 if has_evals else 0.5}
+                every = -(-len(rows) // 8)
+                style = look | {"markevery": every, "alpha": 1.0 if has_evals else 0.5}
                 panel.plot(rows[quantity], rows[shown], label=label, **style)
         panel.set(xscale="log", xlabel=LABELS[quantity])
     panels[0].set(ylabel=LABELS["val_loss"], title="Loss by tokens, time and compute")
 
 
 @styled
-def domain_scores(
-    figure: Figure, table: pd.DataFrame, names: Sequence[str] = (), n_shown: int = 15
-) -> None:
+def domain_scores(figure: Figure, table: pd.DataFrame, names: Sequence[str] = ()) -> None:
     """Show each run's bits per byte by domain, for the domains with most tokens.
 
     ``names`` lists all runs that the reader meets, so that each keeps its look in every figure.
     """
     wide = table.pivot(index="domain", columns="run", values="bits_per_byte")
-    wide = wide.loc[table.groupby("domain").n_tokens.max().nlargest(n_shown).index]
+    wide = wide.loc[table.groupby("domain").n_tokens.max().nlargest(N_DOMAINS).index]
     wide = wide.loc[wide.mean(axis=1).sort_values(ascending=False).index]
     figure.set_figheight(1.3 + 0.24 * len(wide))
     axes = figure.subplots()
@@ -299,10 +299,10 @@ def curve_panel(curves: dict[str, pd.DataFrame], smoothing: float) -> Any:
 
 def sizing_panel(hours: float, flops_per_s: dict[str, float]) -> Any:
     """Explore ``published_loss`` by budget, device (name: achieved FLOP/s) and ratio."""
-    first = next(iter(flops_per_s))
+    devices = list(flops_per_s)
 
-    def draw(hours: float = hours, device: str = first, ratio: float = 20.0) -> Figure:
+    def draw(hours: float = hours, device: str = devices[0], ratio: float = 20.0) -> Figure:
         return published_loss(hours, flops_per_s[device], ratio)
 
-    controls = {"device": list(flops_per_s), "ratio": (1.0, 100.0)}
-    return _panel(draw, hours=(0.01, max(24.0, hours), 0.01), **controls)
+    limits = (0.01, max(24.0, hours), 0.01)
+    return _panel(draw, hours=limits, device=devices, ratio=(1.0, 100.0))
