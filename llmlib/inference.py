@@ -125,6 +125,7 @@ def _convert_model(model: LanguageModel, encoding: tiktoken.Encoding) -> Any:
     end, padding = encoding.eot_token, list(range(encoding.n_vocab, model.config.vocab_size))
     theirs = hf_model(model.config, bos_token_id=end, eos_token_id=end)
     theirs.base_model.load_state_dict(model.state_dict())
+    # padding rows of the embedding stand for no token
     theirs.generation_config.update(pad_token_id=end, suppress_tokens=padding or None)
     return theirs
 

@@ -152,7 +152,7 @@ def fit_loss_surface(
     rng, n = np.random.default_rng(seed), points.shape[1]
     draws = [_minimise(points[:, rng.integers(n, size=n)], best).x for _ in range(n_bootstrap)]
     constants = np.array([best, *draws]).T[:, :, None]
-    constants[1:3] *= centre[:, None] ** constants[3:]
+    constants[1:3] *= centre[:, None] ** constants[3:]  # A and B at the centre, to those at 1
     first, samples = constants[:, 0, 0], constants[:, 1:]
     return SurfaceFit(LossSurface(*first.tolist()), LossSurface(*samples))
 
