@@ -1,7 +1,5 @@
 """Loss curves to comparisons: finding runs, smoothing, intervals, tables. No torch."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any
@@ -15,29 +13,28 @@ from llmlib import runs
 from llmlib.config import ModelConfig
 from llmlib.sizing import flops_per_token
 
-AXES = ["tokens", "seconds", "flops"]
+AXES = ("tokens", "seconds", "flops")
 CURVE_COLUMNS = ["kind", "step", *AXES, "loss", "val_loss", "lr", "grad_norm"]
 
 
 def find_runs(*folders: Path) -> dict[str, Path]:
     """Find the training runs in the folders, finished or not; trials of a study lie deeper."""
-    found = [(name.parent, path.parent) for name, path in _find("*/metrics.jsonl", folders)]
-    return {str(name): run for name, run in found if (run / "config.json").exists()}
+    found = _find("*/metrics.jsonl", folders)
+    return {str(Path(name).parent): path.parent for name, path in found.items()}
 
 
 def find_external(*folders: Path) -> dict[str, Path]:
     """Find other people's curves: CSV or JSONL files in any folder named ``external``."""
-    found = _find("**/external/*", folders)
-    return {str(name): path for name, path in found if path.suffix in (".csv", ".jsonl")}
+    return _find("**/external/*.csv", folders) | _find("**/external/*.jsonl", folders)
 
 
-def _find(pattern: str, folders: tuple[Path, ...]) -> list[tuple[Path, Path]]:
-    """List matching files by name; names in the second folder and later begin with that folder's."""
-    return [
-        (path.relative_to(folder.parent if i else folder), path)
+def _find(pattern: str, folders: tuple[Path, ...]) -> dict[str, Path]:
+    """Find files by name; names in the second folder and later begin with that folder's."""
+    return {
+        str(path.relative_to(folder.parent if i else folder)): path
         for i, folder in enumerate(folders)
         for path in sorted(folder.glob(pattern))
-    ]
+    }
 
 
 def load_curve(run: Path) -> pd.DataFrame:
@@ -72,18 +69,16 @@ def smooth(curve: pd.DataFrame, share: float) -> pd.DataFrame:
     return curve.assign(smoothed=loss.rolling(window, center=True, min_periods=1).mean())
 
 
-def fit_slope(curve: pd.DataFrame, n_bins: int = 16) -> dict[str, float]:
-    """Fit loss against ln(tokens) on the middle of a run, by least squares over binned means.
+def fit_slope(curve: pd.DataFrame) -> dict[str, float]:
+    """Fit loss against ln(tokens) on the middle of a run, by least squares over its steps.
 
     Returns the slope [nats per e-fold of tokens] and its standard error; NaN for too short a run.
     """
-    steps = curve[curve.kind == "step"]
-    middle = steps[steps.tokens.between(0.15 * steps.tokens.max(), 0.7 * steps.tokens.max())]
-    if len(middle) < 2 * n_bins:
+    share = curve.tokens / curve.tokens.max()
+    steps = curve[(curve.kind == "step") & share.between(0.15, 0.7)]
+    if len(steps) < 3:
         return {"slope": math.nan, "standard_error": math.nan}
-    bins = middle.groupby(np.arange(len(middle)) * n_bins // len(middle))
-    means = bins[["tokens", "loss"]].mean()
-    fit = stats.linregress(np.log(means.tokens.to_numpy(float)), means.loss)
+    fit = stats.linregress(np.log(steps.tokens.to_numpy(float)), steps.loss)
     return {"slope": float(fit.slope), "standard_error": float(fit.stderr)}
 
 
@@ -92,11 +87,10 @@ def paired_difference(ours: ArrayLike, theirs: ArrayLike) -> dict[str, float]:
 
     A pair with a failed run (NaN) is left out. One pair has no interval, none no mean (NaN).
     """
-    pairs = np.asarray(ours, float) - np.asarray(theirs, float)
-    pairs = pairs[np.isfinite(pairs)]
-    n, mean = len(pairs), float(pairs.mean()) if len(pairs) else math.nan
-    half = float(stats.t.ppf(0.975, n - 1) * stats.sem(pairs)) if n > 1 else math.nan
-    return {"difference": mean, "low": mean - half, "high": mean + half, "n": n}
+    pairs = pd.Series(np.subtract(ours, theirs), dtype=float).dropna()
+    half = stats.t.ppf(0.975, len(pairs) - 1) * pairs.sem()
+    mean = float(pairs.mean())
+    return {"difference": mean, "low": mean - half, "high": mean + half, "n": len(pairs)}
 
 
 def bits_per_byte(loss: float, tokens_per_byte: float) -> float:
@@ -113,52 +107,47 @@ def tokens_per_byte(split: list[dict[str, Any]]) -> float:
 def domain_table(split: list[dict[str, Any]]) -> pd.DataFrame:
     """Count documents, bytes and tokens per domain over a split of a token manifest."""
     rows = [{"domain": d} | counts for shard in split for d, counts in shard["domains"].items()]
-    table = pd.DataFrame(rows).groupby("domain").sum().reset_index()
+    table = pd.DataFrame(rows).groupby("domain", as_index=False).sum()
     table["share"] = table.tokens / table.tokens.sum()
     table["bytes_per_token"] = table.bytes / table.tokens
     return table.sort_values("tokens", ascending=False, ignore_index=True)
 
 
 def split_table(manifest: dict[str, Any]) -> pd.DataFrame:
-    """Count documents, megabytes of text and tokens of every split of a token manifest."""
-    totals = {
-        name: domain_table(shards)[["documents", "bytes", "tokens"]].sum()
-        for name, shards in manifest["splits"].items()
-    }
-    table = pd.DataFrame(totals).T.rename_axis("split").reset_index()
-    return table.assign(bytes=table.bytes / 1e6).rename(columns={"bytes": "MB of text"})
+    """Count documents, bytes of text and tokens of every split of a token manifest."""
+    tables = {name: domain_table(shards) for name, shards in manifest["splits"].items()}
+    counts = ["documents", "bytes", "tokens"]
+    return pd.DataFrame([{"split": name, **t[counts].sum()} for name, t in tables.items()])
 
 
 def domain_scores(scores: dict[str, dict[str, float]], split: list[dict[str, Any]]) -> pd.DataFrame:
     """Tabulate each domain's scores (as ``step.evaluate`` gives them), with its bits per byte."""
     table = pd.DataFrame([{"domain": domain} | values for domain, values in scores.items()])
-    ratio = 1 / domain_table(split).set_index("domain").bytes_per_token.loc[table.domain].to_numpy()
-    table["bits_per_byte"] = bits_per_byte(table.loss, ratio)
+    bytes_per_token = table.domain.map(domain_table(split).set_index("domain").bytes_per_token)
+    table["bits_per_byte"] = bits_per_byte(table.loss, 1 / bytes_per_token)
     return table.sort_values("bits_per_byte", ignore_index=True)
 
 
 def domain_comparison(found: dict[str, Path]) -> pd.DataFrame:
     """Put the domain scores of all finished runs below each other; empty if none has any."""
-    summaries = {name: path / "summary.json" for name, path in found.items()}
-    return pd.DataFrame(
-        {"run": name} | row
-        for name, path in summaries.items()
-        if path.exists()
-        for row in runs.read_json(path).get("by_domain", [])
-    )
+    rows = []
+    for name, path in found.items():
+        if (path / "summary.json").exists():
+            scores = runs.read_json(path / "summary.json").get("by_domain", [])
+            rows += [{"run": name} | row for row in scores]
+    return pd.DataFrame(rows)
 
 
 def results_table(found: dict[str, Path]) -> pd.DataFrame:
-    """One row per finished run: size, tokens, and the final scores on the validation split."""
+    """One row per finished run, the best first: size, tokens, final scores on the validation split."""
     rows = []
     for name, path in found.items():
-        if (result := runs.read_result(path)) is None:
-            continue
-        config, val = runs.read_config(path), result["val"]
-        row = {"run": name, "arch": config["model"]["arch"], "parameters": result["n_params"]}
-        row |= {"tokens": result["n_tokens"], "seconds": sum(result["seconds"].values())}
-        row |= {score: val[score] for score in ("loss", "perplexity", "accuracy")}
-        if ratio := config["data"].get("val_tokens_per_byte"):
+        if result := runs.read_result(path):
+            config, val = runs.read_config(path), result["val"]
+            row = {"run": name, "arch": config["model"]["arch"], "parameters": result["n_params"]}
+            row |= {"tokens": result["n_tokens"], "seconds": sum(result["seconds"].values())}
+            row |= {score: val[score] for score in ("loss", "perplexity", "accuracy")}
+            ratio = config["data"].get("val_tokens_per_byte", math.nan)
             row["bits_per_byte"] = bits_per_byte(val["loss"], ratio)
-        rows.append(row | {"val_sha256": result["val_sha256"][:8]})
-    return pd.DataFrame(rows).sort_values("loss", ignore_index=True) if rows else pd.DataFrame()
+            rows.append(row | {"val_sha256": result["val_sha256"][:8]})
+    return pd.DataFrame(sorted(rows, key=lambda row: row["loss"]))

@@ -3,11 +3,7 @@
 What has been read stays in a cache of keys and values until the context is full.
 """
 
-from __future__ import annotations
-
 import codecs
-import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,27 +13,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmlib import analysis, runs, step
+from llmlib import runs, step
 from llmlib.config import ModelConfig
 from llmlib.model import LanguageModel, build_model
 from llmlib.tokenizer import END_OF_TEXT, load_tokenizer
-
-GPT2_NAMES = {"embed_tokens": "wte", "embed_positions": "wpe", "layers": "h", "norm": "ln_f"}
-GPT2_NAMES |= {"qkv_proj": "attn.c_attn", "o_proj": "attn.c_proj"}  # ours: theirs
-GPT2_NAMES |= {"up_proj": "mlp.c_fc", "down_proj": "mlp.c_proj"}
-CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
----
-# {name}
-
-A small language model ({arch}, {n_layer} layers x {d_model}, context {seq_len} tokens), trained from
-scratch by LLM Workbook with {optimizer} (peak learning rate {lr:g}, schedule `{schedule}`, seed {seed}),
-without instruction tuning. Load it with `AutoModelForCausalLM` and `AutoTokenizer`. In a text,
-`<|endoftext|>` is text like any other; the token itself is `tokenizer.eos_token_id`.
-
-"""
 
 
 def load_run(run: Path) -> tuple[LanguageModel, tiktoken.Encoding]:
@@ -109,58 +88,44 @@ def next_chances(logits: Tensor, temperature: float, top_k: int, top_p: float) -
 
 
 def export(run: Path, folder: Path) -> Path:
-    """Write a finished run's model, tokenizer and card to a new folder and return it.
-
-    Files are written aside and their folder renamed, so that it is whole or not there.
-    """
-    (model, encoding), folder = load_run(run), folder.expanduser().resolve()
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Write a finished run's Llama and its tokenizer to a new or empty folder, and return it."""
+    if folder.is_file() or any(folder.glob("*")):
         raise ValueError(f"{str(folder)!r} exists and is not an empty folder; name a new one.")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
-        aside = Path(scratch, folder.name)
-        _convert_model(model.cpu(), encoding).save_pretrained(aside)
-        _convert_tokenizer(encoding, model.config.seq_len).save_pretrained(aside)
-        runs.write_atomic(aside / "README.md", _card(run, folder.name))
-        os.replace(aside, folder)
+    model, encoding = load_run(run)
+    parts = _convert_model(model, encoding), _convert_tokenizer(encoding, model.config.seq_len)
+    for part in parts:
+        part.save_pretrained(folder)
     return folder
 
 
-def _card(run: Path, name: str) -> str:
-    about, [scores] = runs.read_config(run), analysis.results_table({name: run}).to_dict("records")
-    text = CARD.format(name=name, **about["model"], **about["train"])
-    return text + "".join(f"- {key}: {value}\n" for key, value in scores.items())
-
-
 def hf_model(config: ModelConfig, **special: Any) -> Any:
-    """Build transformers' own model of the same shape: a Llama, or GPT-2 for the baseline."""
+    """Build transformers' own Llama of the same shape; ``special`` goes to its config."""
+    if config.arch != "llama":
+        raise ValueError(f"arch={config.arch!r} cannot be exported; train with arch='llama'.")
     try:
-        from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+        from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError as error:
         raise ValueError('this needs transformers: pip install -e ".[export]"') from error
-    shape = special | {"vocab_size": config.vocab_size, "tie_word_embeddings": True}
-    shape |= {"hidden_size": config.d_model, "max_position_embeddings": config.seq_len}
-    shape |= {"num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head}
-    if config.arch == "gpt2":
-        shape |= {"n_inner": config.d_ff, "layer_norm_epsilon": config.norm_eps}
-        shape |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
-        return GPT2LMHeadModel(GPT2Config(**shape))
-    shape |= {"intermediate_size": config.d_ff, "rms_norm_eps": config.norm_eps}
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
-    return LlamaForCausalLM(LlamaConfig(**shape, rope_parameters=rope))
+    shape = LlamaConfig(
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.seq_len,
+        num_hidden_layers=config.n_layer,
+        num_attention_heads=config.n_head,
+        hidden_size=config.d_model,
+        intermediate_size=config.d_ff,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=True,
+        **special,
+    )
+    return LlamaForCausalLM(shape)
 
 
 def _convert_model(model: LanguageModel, encoding: tiktoken.Encoding) -> Any:
-    config, weights, end = model.config, model.state_dict(), encoding.eot_token
-    theirs = hf_model(config, bos_token_id=end, eos_token_id=end)
-    if config.arch == "gpt2":  # transformers keeps its matrices transposed, and has biases
-        there = theirs.transformer.state_dict()
-        weights = {k: w.T if "_proj" in k else w for k, w in weights.items()}
-        for ours, name in GPT2_NAMES.items():
-            weights = {k.replace(ours, name): w for k, w in weights.items()}
-        weights |= {k: torch.zeros_like(w) for k, w in there.items() if k.endswith(".bias")}
-    theirs.base_model.load_state_dict(weights)
-    padding = list(range(encoding.n_vocab, config.vocab_size))  # rows that stand for no token
+    end, padding = encoding.eot_token, list(range(encoding.n_vocab, model.config.vocab_size))
+    theirs = hf_model(model.config, bos_token_id=end, eos_token_id=end)
+    theirs.base_model.load_state_dict(model.state_dict())
+    # padding rows of the embedding stand for no token
     theirs.generation_config.update(pad_token_id=end, suppress_tokens=padding or None)
     return theirs
 

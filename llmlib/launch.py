@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from IPython.display import display
 
-from llmlib import analysis, locks, panels, plots, runs
+from llmlib import analysis, locks, plots, runs
 
 POLL_SECONDS = 0.5
 CURVE_SECONDS = 10.0  # between drawings of the live curve
@@ -154,12 +155,12 @@ class Live:
 
     def show(self, text: str, is_last: bool = False) -> None:
         """Rewrite the line; draw the curve anew if it is older than ``CURVE_SECONDS``, or the last."""
-        if panels.shell() is None:
+        if plots.get_ipython() is None:
             print(f"\r{text}", end="", flush=True)
             return
         self._display("line", {"text/plain": text}, raw=True)
         is_due = is_last or time.monotonic() > self.drawn_at + CURVE_SECONDS
-        if is_due and panels.is_attended() and len(runs.read_metrics(self.run, "step")) > 1:
+        if is_due and plots.is_attended() and len(runs.read_metrics(self.run, "step")) > 1:
             self._display("curve", plots.training_curve(analysis.load_curve(self.run), None))
             self.drawn_at = time.monotonic()
 
@@ -167,4 +168,4 @@ class Live:
         if name in self.places:
             self.places[name].update(what, **options)
         else:
-            self.places[name] = panels.display(what, display_id=True, **options)
+            self.places[name] = display(what, display_id=True, **options)

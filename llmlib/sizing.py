@@ -6,17 +6,13 @@ objective that Besiroglu et al. 2024 (arXiv:2404.10102) set right; measured spee
 time. N counts the tied embedding once: use one count for points, speeds and sizes alike.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
-from itertools import product
+from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 from scipy.interpolate import make_interp_spline
-from scipy.optimize import OptimizeResult, minimize
-from scipy.special import expit, huber, logit
+from scipy.optimize import OptimizeResult, least_squares
 
 from llmlib.config import ModelConfig
 
@@ -35,9 +31,8 @@ PEAK_BF16_FLOPS_PER_S = {
     "RTX 4090": 165e12,
 }
 OTHER_CHIPS = {"MIG", "NVL", "Laptop", "D", "Ti", "SUPER"}  # share a name, not a peak
-CONSTANTS = ["E", "A", "B", "alpha", "beta"]
 HUBER_DELTA = 1e-3  # on log loss, summed over points: both papers
-MAX_EXPONENT = 5.0  # the fit keeps alpha and beta between 0 and this
+MAX_EXPONENT = 5.0  # of the fit
 
 
 def datasheet_peak(device_name: str) -> float | None:
@@ -96,15 +91,11 @@ class LossSurface:
         """Return the loss [nats/token] at N and D, which are broadcast."""
         return self.E + self.A / n_params**self.alpha + self.B / n_tokens**self.beta
 
-    @property
-    def exponent(self) -> float:
-        """The a of N* = G (C/6)^a; tokens grow with b = 1 - a."""
-        return self.beta / (self.alpha + self.beta)
-
     def optimal_params(self, flops: ArrayLike) -> np.ndarray:
         """Minimise the loss under C = 6 N D in closed form (Hoffmann et al. 2022, equation 4)."""
+        both = self.alpha + self.beta
         ratio = self.alpha * self.A / (self.beta * self.B)
-        return ratio ** (1 / (self.alpha + self.beta)) * (flops / 6) ** self.exponent
+        return ratio ** (1 / both) * (flops / 6) ** (self.beta / both)
 
 
 PUBLISHED_FITS = {
@@ -123,23 +114,18 @@ def published_optima(flops: float) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class SurfaceFit(LossSurface):
-    """A fitted surface, with one row of constants per bootstrap sample."""
+class SurfaceFit:
+    """A fitted surface, and one surface for each bootstrap sample (constants of shape (n, 1))."""
 
-    samples: np.ndarray = field(default_factory=lambda: np.empty((0, 5)))
-
-    @property
-    def family(self) -> LossSurface:
-        """All bootstrap samples as one surface, with constants (n, 1)."""
-        return LossSurface(*self.samples.T[:, :, None])
+    surface: LossSurface
+    samples: LossSurface
 
     def table(self) -> pd.DataFrame:
         """Tabulate the constants with bootstrap standard errors and 90 % intervals."""
-        table = pd.DataFrame({"constant": CONSTANTS})
-        table["value"] = [getattr(self, name) for name in CONSTANTS]
-        samples = pd.DataFrame(self.samples)
-        table["standard_error"] = samples.std()
-        return table.assign(low=samples.quantile(0.05), high=samples.quantile(0.95))
+        samples = pd.DataFrame({name: x[:, 0] for name, x in vars(self.samples).items()})
+        table = pd.DataFrame({"value": vars(self.surface), "standard_error": samples.std()})
+        table = table.assign(low=samples.quantile(0.05), high=samples.quantile(0.95))
+        return table.rename_axis("constant").reset_index()
 
 
 def fit_loss_surface(
@@ -150,8 +136,8 @@ def fit_loss_surface(
     n_bootstrap: int = 0,
     seed: int = 0,
 ) -> SurfaceFit:
-    """Fit the surface from a grid of starts, and resamples of the points from that optimum."""
-    points = np.array([np.ravel(column) for column in (n_params, n_tokens, loss)], float)
+    """Fit the surface to measured losses, and again to resamples of the points."""
+    points = np.array([n_params, n_tokens, loss], float)
     if not (np.isfinite(points) & (points > 0)).all():
         raise ValueError("points must be finite and positive; leave out runs that failed.")
     if len(np.unique(points[:2], axis=1).T) < 6 or min(len(np.unique(p)) for p in points[:2]) < 3:
@@ -159,44 +145,27 @@ def fit_loss_surface(
             f"{points.shape[1]} points can't test five constants; measure 6 or more, at 3 or more "
             "sizes and 3 or more token counts."
         )
-    logs = np.log(points)
-    logs[:2] -= (centre := logs[:2].mean(axis=1, keepdims=True))  # frees exponents from factors
-    grid = product((0.3, 0.8), (0.1, 0.4, 1.2), (0.1, 0.4, 1.2))
-    fits = [_minimise(logs, _start(logs[2], *guess)) for guess in grid]
-    best = min(fits, key=lambda fit: fit.fun).x
-    rng, n = np.random.default_rng(seed), logs.shape[1]
-    draws = [_minimise(logs[:, rng.integers(n, size=n)], best).x for _ in range(n_bootstrap)]
-    e, a, b, *exponents = np.array([best, *draws]).T
-    alpha, beta = MAX_EXPONENT * expit(exponents)
-    factors = np.exp([e, a + alpha * centre[0], b + beta * centre[1]])
-    first, *samples = np.array([*factors, alpha, beta]).T
-    return SurfaceFit(*first.tolist(), samples=np.reshape(samples, (-1, 5)))
+    centre = np.exp(np.log(points[:2]).mean(axis=1, keepdims=True))
+    points[:2] /= centre  # so that A and B do not depend on the exponents
+    starts = [[points[2].min() / 3] * 3 + [exponent] * 2 for exponent in (0.1, 0.4, 1.2)]
+    best = min((_minimise(points, start) for start in starts), key=lambda fit: fit.cost).x
+    rng, n = np.random.default_rng(seed), points.shape[1]
+    draws = [_minimise(points[:, rng.integers(n, size=n)], best).x for _ in range(n_bootstrap)]
+    constants = np.array([best, *draws]).T[:, :, None]
+    constants[1:3] *= centre[:, None] ** constants[3:]  # A and B at the centre, to those at 1
+    first, samples = constants[:, 0, 0], constants[:, 1:]
+    return SurfaceFit(LossSurface(*first.tolist()), LossSurface(*samples))
 
 
-def _start(log_loss: np.ndarray, share: float, *exponents: float) -> list[float]:
-    """Begin with E as a share of the lowest loss, and halve the rest between the terms."""
-    e = share * np.exp(log_loss.min())
-    half = (np.exp(np.median(log_loss)) - e) / 2
-    return [*np.log([e, half, half]), *logit(np.divide(exponents, MAX_EXPONENT))]
+def _minimise(points: np.ndarray, start: ArrayLike) -> OptimizeResult:
+    """Minimise Huber's loss on log loss over the five constants."""
+    n_params, n_tokens, loss = points
 
+    def residuals(constants: np.ndarray) -> np.ndarray:
+        return np.log(LossSurface(*constants).loss(n_params, n_tokens) / loss)
 
-def _minimise(logs: np.ndarray, start: ArrayLike) -> OptimizeResult:
-    """Minimise Huber's loss on log loss by BFGS over log E, log A, log B, logit alpha, logit beta.
-
-    ``logs`` holds log N and log D, centred, and log loss; A and B are those at the centre.
-    """
-
-    def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
-        exponents = MAX_EXPONENT * expit(theta[3:])
-        slopes = -exponents[:, None] * logs[:2]  # of log terms in the logarithm of an exponent
-        terms = theta[:3, None] + [0 * logs[0], *slopes]
-        log_sum = np.logaddexp.reduce(terms)
-        residual = (log_sum - logs[2]) / HUBER_DELTA
-        pull = np.clip(residual, -1, 1) / HUBER_DELTA * np.exp(terms - log_sum)
-        by_logit = (pull[1:] * slopes).sum(axis=1) * (1 - exponents / MAX_EXPONENT)
-        return huber(1, residual).sum(), np.append(pull.sum(axis=1), by_logit)
-
-    return minimize(objective, start, jac=True, method="BFGS", options={"gtol": 0.01})
+    limits = (0, [np.inf] * 3 + [MAX_EXPONENT] * 2)
+    return least_squares(residuals, start, bounds=limits, loss="huber", f_scale=HUBER_DELTA)
 
 
 def best_size(fit: SurfaceFit, speeds: pd.DataFrame, budget_seconds: float) -> pd.DataFrame:
@@ -218,9 +187,9 @@ def best_size(fit: SurfaceFit, speeds: pd.DataFrame, budget_seconds: float) -> p
     sizes = np.geomspace(speeds.n_params.min() / 10, speeds.n_params.max() * 10, 401)
     line = make_interp_spline(np.log(speeds.n_params), np.log(speeds.tokens_per_s), k=1)
     n_tokens = budget_seconds * np.exp(line(np.log(sizes)))
-    draws = pd.DataFrame(fit.family.loss(sizes, n_tokens))
+    draws = pd.DataFrame(fit.samples.loss(sizes, n_tokens))
     optima = pd.Series(sizes[draws.to_numpy().argmin(axis=1)])
-    table = {"n_params": sizes, "n_tokens": n_tokens, "loss": fit.loss(sizes, n_tokens)}
+    table = {"n_params": sizes, "n_tokens": n_tokens, "loss": fit.surface.loss(sizes, n_tokens)}
     table |= {"low": draws.quantile(0.05), "high": draws.quantile(0.95)}
     table |= {"best_low": optima.quantile(0.05), "best_high": optima.quantile(0.95)}
     return pd.DataFrame(table)

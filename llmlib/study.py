@@ -4,13 +4,10 @@ Runs are budgeted in tokens, so that a busy machine changes how long they take a
 find. Each is an ordinary, resumable run below the record's ``trials/``; what counts is its row.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from llmlib import launch, runs
@@ -27,8 +24,8 @@ class Plan:
     sizes: tuple[tuple[int, int], ...]  # (n_layer, d_model) of 03
     size_tokens: tuple[int, ...]  # training tokens of 03, for every size
     trial_tokens: int  # training tokens of each run of 04
-    rate_factors: tuple[float, ...]  # of each optimizer's guessed rate
-    seeds: tuple[int, ...]  # of each recipe
+    rate_factors: tuple[float, ...] = (0.5, 1.0, 2.0)  # of each optimizer's guessed rate
+    seeds: tuple[int, ...] = (1, 2, 3)  # of each recipe
 
 
 PLANS = {
@@ -37,15 +34,11 @@ PLANS = {
         sizes=((1, 64), (2, 96), (2, 128), (2, 192)),
         size_tokens=(32_768, 65_536, 131_072),
         trial_tokens=65_536,
-        rate_factors=(0.5, 1.0, 2.0),
-        seeds=(1, 2, 3),
     ),
     "a100": Plan(
         sizes=((6, 512), (10, 640), (10, 768), (10, 1024)),
         size_tokens=(52_428_800, 104_857_600, 209_715_200),
         trial_tokens=104_857_600,
-        rate_factors=(0.5, 1.0, 2.0),
-        seeds=(1, 2, 3),
     ),
 }
 RATE_GUESS = {"adamw": 2.0, "muon": 10.0, "sophia": 0.5}  # times the base rate, at "laptop"
@@ -70,13 +63,12 @@ def _row(folder: Path) -> dict[str, Any]:
     run, result = runs.read_run(folder), runs.read_result(folder)
     row = {name: getattr(run.train, name) for name in ("optimizer", "lr", "seed")}
     row |= {"n_layer": run.model.n_layer, "d_model": run.model.d_model}
-    row |= {"n_params": count_params(run.model), "loss": np.nan}
+    row |= {"n_params": count_params(run.model)}
     if result is None:
-        return row | {"status": f"failed: {launch.log_tail(folder, n_lines=1)}"}
+        return row | {"loss": None, "status": f"failed: {launch.log_tail(folder, n_lines=1)}"}
     kept = ("n_tokens", "flops", "n_steps", "tokens_per_s", "unclipped_share", "dtype")
     row |= {name: result.get(name) for name in kept}
-    row |= {name: result["val"][name] for name in ("loss", "accuracy")}
-    return row | {"seconds": sum(result["seconds"].values()), "status": "finished"}
+    return row | {"loss": result["val"]["loss"], "status": "finished"}
 
 
 def _planned(train: TrainConfig, n_tokens: int, **changes: Any) -> TrainConfig:
@@ -88,7 +80,7 @@ def _planned(train: TrainConfig, n_tokens: int, **changes: Any) -> TrainConfig:
 
 def size_settings(base: ModelConfig, train: TrainConfig, plan: Plan) -> Settings:
     """Every size at every token count, whole runs; peak rates fall with the root of the width."""
-    settings: Settings = {}
+    settings = {}
     for n_layer, d_model in plan.sizes:
         model = resize(base, arch=base.arch, n_layer=n_layer, d_model=d_model)
         lr = train.lr * (base.d_model / d_model) ** 0.5
@@ -103,11 +95,11 @@ def optimizer_settings(model: ModelConfig, train: TrainConfig, plan: Plan) -> Se
     Sophia as the write-up ran it takes no grid: its rate was AdamW's.
     """
     grid = [(name, x * guess) for name, guess in RATE_GUESS.items() for x in plan.rate_factors]
-    trials = [
-        _planned(train, plan.trial_tokens, optimizer=name, lr=factor * train.lr)
-        for name, factor in [*grid, ("sophia_writeup", 1.0)]
-    ]
-    return {f"{trial.optimizer}-lr{trial.lr:.2g}": (model, trial) for trial in trials}
+    settings = {}
+    for name, factor in [*grid, ("sophia_writeup", 1.0)]:
+        trial = _planned(train, plan.trial_tokens, optimizer=name, lr=factor * train.lr)
+        settings[f"{name}-lr{trial.lr:.2g}"] = (model, trial)
+    return settings
 
 
 def recipe_settings(model: ModelConfig, recipes: dict[str, TrainConfig], plan: Plan) -> Settings:

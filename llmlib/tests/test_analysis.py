@@ -9,18 +9,12 @@ from scipy import stats
 from llmlib import analysis, runs
 
 
-def curve_of(loss, tokens):
-    return pd.DataFrame({"kind": "step", "tokens": tokens, "loss": loss})
-
-
 def test_slope_is_recovered_with_its_error():
-    rng = np.random.default_rng(1)
-    tokens = np.arange(1, 1001) * 100.0
-    slopes = []
+    rng, slopes = np.random.default_rng(1), []
+    curve = pd.DataFrame({"kind": "step", "tokens": np.arange(1, 1001) * 100.0})
     for _ in range(200):
-        losses = 5 - 0.2 * np.log(tokens) + rng.normal(0, 0.1, 1000)
-        fit = analysis.fit_slope(curve_of(losses, tokens))
-        slopes.append((fit["slope"], fit["standard_error"]))
+        noisy = curve.assign(loss=5 - 0.2 * np.log(curve.tokens) + rng.normal(0, 0.1, 1000))
+        slopes.append(tuple(analysis.fit_slope(noisy).values()))
     values, errors = np.array(slopes).T
     assert values.mean() == pytest.approx(-0.2, abs=0.005)
     assert values.std() == pytest.approx(errors.mean(), rel=0.25)
@@ -30,18 +24,35 @@ def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight():
     assert analysis.bits_per_byte(math.log(256), tokens_per_byte=1.0) == pytest.approx(8.0)
 
 
-def test_domains_add_up_over_shards():
-    def shard(docs):
-        return {"domains": {"a": {"documents": docs, "bytes": 40, "tokens": 10}}}
+def shard(**domains):
+    """A manifest's shard, from (documents, bytes, tokens) of each domain."""
+    names = ("documents", "bytes", "tokens")
+    counts = {name: dict(zip(names, values, strict=True)) for name, values in domains.items()}
+    return {"domains": counts}
 
-    split = [shard(1), shard(2), {"domains": {"b": {"documents": 1, "bytes": 10, "tokens": 5}}}]
+
+def test_domains_add_up_over_shards():
+    split = [shard(a=(1, 40, 10)), shard(a=(2, 40, 10)), shard(b=(1, 10, 5))]
     table = analysis.domain_table(split).set_index("domain")
     assert table.documents.to_dict() == {"a": 3, "b": 1}
     assert table.share.sum() == pytest.approx(1.0)
     assert analysis.tokens_per_byte(split) == pytest.approx(25 / 90)
+    [counted] = analysis.split_table({"splits": {"train": split}}).to_dict("records")
+    assert counted == {"split": "train", "documents": 4, "bytes": 90, "tokens": 25}
 
 
-def write_run(folder, summary):
+def test_domains_are_scored_in_bits_of_their_own_bytes():
+    scores = {d: {"loss": math.log(16), "n_tokens": 90} for d in ("sparse", "dense")}
+    split = [shard(dense=(1, 400, 100), sparse=(1, 100, 100))]
+    table = analysis.domain_scores(scores, split)
+    assert table.domain.tolist() == ["dense", "sparse"]
+    assert table.bits_per_byte.tolist() == pytest.approx([1.0, 4.0])  # four bits a token
+
+
+# ------------------------------------------------------------------ runs and curves
+
+
+def write_run(folder, **summary):
     model = {"n_layer": 1, "n_head": 1, "d_model": 8, "seq_len": 8, "vocab_size": 64}
     runs.write_json(folder / "config.json", {"format": 2, "model": model, "data": {}})
     row = {"kind": "step", "step": 1, "tokens": 8, "seconds": 0.1, "loss": 3.0}
@@ -50,13 +61,13 @@ def write_run(folder, summary):
 
 
 def test_runs_of_another_folder_keep_their_place_beside_ours(tmp_path):
-    for folder in ("mine", "theirs"):
-        write_run(tmp_path / folder / "05_full_run", {})
-    found = analysis.find_runs(tmp_path / "mine", tmp_path / "theirs")
-    assert found == {
+    paths = {
         "05_full_run": tmp_path / "mine" / "05_full_run",
         "theirs/05_full_run": tmp_path / "theirs" / "05_full_run",
     }
+    for path in [*paths.values(), tmp_path / "mine" / "04_recipe" / "trials" / "deeper"]:
+        write_run(path)
+    assert analysis.find_runs(tmp_path / "mine", tmp_path / "theirs") == paths
 
 
 CSV = "step,loss,tokens,seconds,val_loss\n10,3.5,100,1.5,\n20,3.0,200,3.0,3.25\n"
@@ -68,7 +79,7 @@ JSONL = (
 
 @pytest.mark.parametrize(("suffix", "text"), [("csv", CSV), ("jsonl", JSONL)])
 def test_other_peoples_curves_read_like_ours(tmp_path, suffix, text):
-    write_run(tmp_path / "05_full_run", {})
+    write_run(tmp_path / "05_full_run")
     path = tmp_path / "theirs" / "external" / f"nanogpt.{suffix}"
     path.parent.mkdir(parents=True)
     path.write_text(text)
@@ -77,10 +88,8 @@ def test_other_peoples_curves_read_like_ours(tmp_path, suffix, text):
     curve = analysis.load_external(path)
     assert curve.columns.tolist() == analysis.load_curve(tmp_path / "05_full_run").columns.tolist()
     steps, evals = curve[curve.kind == "step"], curve[curve.kind == "eval"]
-    assert steps[["step", "tokens", "seconds", "loss"]].to_numpy().tolist() == [
-        [10, 100, 1.5, 3.5],
-        [20, 200, 3.0, 3.0],
-    ]
+    expected = [[10, 100, 1.5, 3.5], [20, 200, 3.0, 3.0]]
+    assert steps[["step", "tokens", "seconds", "loss"]].to_numpy().tolist() == expected
     assert evals[["step", "val_loss"]].to_numpy().tolist() == [[20, 3.25]]
     assert curve.flops.isna().all()
 
@@ -96,75 +105,46 @@ def test_a_curve_of_steps_and_losses_alone_is_enough_but_has_no_slope(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("iteration,loss\n1,4.0\n", ["theirs.csv", "columns iteration, loss", "needs step"]),
-        ("step,val\n1,4.0\n", ["theirs.csv", "columns step, val", "needs step and loss"]),
-        ("step,loss\n1,four\n", ["theirs.csv", "four"]),
-        ("", ["theirs.csv", "remove it"]),
+        ("iteration,loss\n1,4.0\n", ["columns iteration, loss", "needs step and loss"]),
+        ("step,val\n1,4.0\n", ["columns step, val", "needs step and loss"]),
+        ("step,loss\n1,four\n", ["four", "mend or remove it"]),
+        ("", ["mend or remove it"]),
     ],
 )
 def test_a_file_that_is_no_curve_is_refused_by_name(tmp_path, text, words):
     (tmp_path / "theirs.csv").write_text(text)
     with pytest.raises(ValueError) as error:
         analysis.load_external(tmp_path / "theirs.csv")
-    assert all(word in str(error.value) for word in words), str(error.value)
-
-
-def test_domains_are_scored_in_bits_of_their_own_bytes():
-    split = [
-        {
-            "domains": {
-                "dense": {"documents": 1, "bytes": 400, "tokens": 100},
-                "sparse": {"documents": 1, "bytes": 100, "tokens": 100},
-            }
-        }
-    ]
-    scores = {d: {"loss": math.log(16), "n_tokens": 90} for d in ("sparse", "dense")}
-    table = analysis.domain_scores(scores, split)
-    assert table.domain.tolist() == ["dense", "sparse"]
-    assert table.bits_per_byte.tolist() == pytest.approx([1.0, 4.0])  # four bits a token
+    assert all(word in str(error.value) for word in ["theirs.csv", *words]), str(error.value)
 
 
 def test_domains_compare_across_finished_runs_that_have_them(tmp_path):
-    row = {"domain": "a", "loss": 3.0, "bits_per_byte": 1.5}
-    write_run(tmp_path / "one", {"by_domain": [row]})
-    write_run(tmp_path / "two", {"by_domain": [row | {"bits_per_byte": 1.25}]})
-    write_run(tmp_path / "old", {})
-    write_run(tmp_path / "unfinished", {})
+    write_run(tmp_path / "one", by_domain=[{"domain": "a", "bits_per_byte": 1.5}])
+    write_run(tmp_path / "two", by_domain=[{"domain": "a", "bits_per_byte": 1.25}])
+    write_run(tmp_path / "old")
+    write_run(tmp_path / "unfinished")
     (tmp_path / "unfinished" / "summary.json").unlink()
     table = analysis.domain_comparison(analysis.find_runs(tmp_path))
     assert table.set_index("run").bits_per_byte.to_dict() == {"one": 1.5, "two": 1.25}
-    assert analysis.domain_comparison({}).empty
+    assert analysis.domain_comparison({}).empty and analysis.results_table({}).empty
 
 
 def test_smoothing_is_centred_and_leaves_validations_alone():
-    losses = np.arange(100.0)
-    steps = pd.DataFrame({"kind": "step", "step": np.arange(1, 101), "loss": losses})
-    curve = pd.concat([steps, pd.DataFrame({"kind": "eval", "step": [100]})], ignore_index=True)
+    steps = pd.DataFrame({"kind": "step", "loss": np.arange(100.0)})
+    curve = pd.concat([steps, pd.DataFrame({"kind": ["eval"]})], ignore_index=True)
     smoothed = analysis.smooth(curve, 0.05).smoothed
-    assert smoothed[10:90].tolist() == losses[10:90].tolist()  # on a line, no lag
+    assert smoothed[10:90].tolist() == steps.loss[10:90].tolist()  # on a line, no lag
     assert math.isnan(smoothed.iloc[100])
-    noise = steps.assign(loss=np.random.default_rng(0).normal(3.0, 1.0, 100))
-    assert analysis.smooth(noise, 0.1).smoothed.std() < 0.5 * noise.loss.std()
 
 
-def test_paired_difference_is_a_paired_t_test():
-    ours, theirs = [3.0, 3.2, 3.1], [3.3, 3.4, 3.5]
+# ------------------------------------------------------------------ comparisons
+
+
+def test_paired_difference_is_a_paired_t_test_over_the_pairs_that_finished():
+    ours, theirs = [3.0, 3.2, math.nan, 3.1], [3.3, 3.4, 3.0, 3.5]
     found = analysis.paired_difference(ours, theirs)
-    interval = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
-    assert found["difference"] == pytest.approx(-0.3)
-    assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
+    test = stats.ttest_rel(ours, theirs, nan_policy="omit").confidence_interval(0.95)
+    expected = {"difference": -0.3, "low": test.low, "high": test.high, "n": 3}
+    assert found == pytest.approx(expected)
     assert math.isnan(analysis.paired_difference([1.0], [2.0])["low"])
-
-
-def test_seed_whose_run_failed_leaves_its_pair_out():
-    pairs = analysis.paired_difference([3.0, 3.2, math.nan], [3.3, 3.4, 3.5])
-    assert pairs == analysis.paired_difference([3.0, 3.2], [3.3, 3.4]) and pairs["n"] == 2
     assert analysis.paired_difference([math.nan], [1.0])["n"] == 0
-
-
-def test_splits_are_counted_by_documents_text_and_tokens():
-    domains = {"a": {"documents": 2, "bytes": 3_000_000, "tokens": 10}}
-    table = analysis.split_table({"splits": {"train": [{"domains": domains}] * 2}})
-    assert table.to_dict("records") == [
-        {"split": "train", "documents": 4, "MB of text": 6.0, "tokens": 20}
-    ]

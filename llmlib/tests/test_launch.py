@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from llmlib import checkpoint, launch, locks, panels, runs
+from llmlib import checkpoint, launch, locks, plots, runs
 from llmlib.config import override
 from llmlib.tests.conftest import FP32
 
@@ -123,8 +123,8 @@ def test_notebook_sees_one_line_and_one_curve_updated_in_place(make_run, monkeyp
         shown.append(what)
         return SimpleNamespace(update=lambda what, **_: shown.append("update"))
 
-    monkeypatch.setattr(panels, "shell", Front)
-    monkeypatch.setattr(panels, "display", display)
+    monkeypatch.setattr(plots, "get_ipython", Front)
+    monkeypatch.setattr(launch, "display", display)
     monkeypatch.setattr(launch, "CURVE_SECONDS", 0.0)
     launch.run_training(run)
     assert [type(what).__name__ for what in shown if what != "update"] == ["dict", "Figure"]
