@@ -4,7 +4,7 @@ Every value is checked when its dataclass is built, so a mistake costs a second 
 How the numbers are used is the business of the other modules; nothing here imports torch.
 """
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 SECONDS_PER_HOUR = 3600.0
@@ -226,13 +226,8 @@ def get_scale(name: str) -> Scale:
 
 
 def override(config: Any, **changes: Any) -> Any:
-    """Return the config with the changes that are not None; unknown names are refused.
-
-    Giving one of the budgets replaces the budget that was there.
-    """
+    """Return the config with the changes that are not None; one budget replaces another."""
     changes = {k: v for k, v in changes.items() if v is not None}
-    for name in changes:
-        _one_of("setting", name, sorted(field.name for field in fields(config)))
     if changes.keys() & BUDGETS:
         changes = dict.fromkeys(BUDGETS) | changes
     return replace(config, **changes)

@@ -33,7 +33,6 @@ def test_every_scale_survives_json_and_has_the_rates_of_both_recipes(scale):
     [
         (lambda: config.get_scale("laptob"), ["laptob", "smoke, laptop, a100"]),
         (lambda: config.recipe("winner", "laptop"), ["winner", "winner2024, best"]),
-        (lambda: config.override(TrainConfig(), learning_rate=1.0), ["learning_rate", "lr"]),
         (lambda: ModelConfig(d_model=100), ["d_model=100", "n_head=16", "d_model=128"]),
         (lambda: ModelConfig(d_model=48), ["d_model=48", "even", "d_model=64"]),
         (lambda: ModelConfig(arch="mamba"), ["mamba", "llama, gpt2"]),

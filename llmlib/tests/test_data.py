@@ -58,19 +58,13 @@ def test_epoch_uses_every_window_once_and_the_next_in_another_order(counting):
     assert first != second
 
 
-def test_batch_depends_on_seed_and_step_alone(counting):
-    one, other = Batches(counting, 32, 5, seed=3), Batches(counting, 32, 5, seed=3)
-    steps = (40, 7, 0, 100)  # across epochs, out of order
-    shuffled = {step: other.batch(step)[0] for step in steps}
-    assert all(torch.equal(one.batch(step)[0], shuffled[step]) for step in sorted(steps))
-    assert not torch.equal(one.batch(0)[0], Batches(counting, 32, 5, seed=4).batch(0)[0])
-
-
-@pytest.mark.parametrize("world_size", [2, 3, 6])
-def test_ranks_share_a_step_without_overlap(counting, world_size):
-    batches = Batches(counting, 32, 6)
-    parts = [batches.batch(11, rank=r, world_size=world_size)[0] for r in range(world_size)]
-    assert torch.equal(torch.cat(parts), batches.batch(11)[0])
+def test_batch_depends_on_seed_step_and_rank_alone(counting):
+    one, other = Batches(counting, 32, 6, seed=3), Batches(counting, 32, 6, seed=3)
+    for step in (40, 7, 0, 100):  # across epochs, out of order
+        for world_size in (1, 2, 3, 6):
+            ranks = [other.batch(step, rank=r, world_size=world_size) for r in range(world_size)]
+            assert torch.equal(torch.cat([inputs for inputs, _ in ranks]), one.batch(step)[0])
+    assert not torch.equal(one.batch(0)[0], Batches(counting, 32, 6, seed=4).batch(0)[0])
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")

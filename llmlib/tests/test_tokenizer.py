@@ -8,17 +8,9 @@ import numpy as np
 import pytest
 import tiktoken
 
+from llmlib import tokenizer
 from llmlib.tests.hub_server import texts
-from llmlib.tokenizer import (
-    END_OF_TEXT,
-    MARK,
-    DocumentEncoder,
-    describe,
-    load_tiktoken,
-    load_tokenizer,
-    save_tokenizer,
-    train_bpe,
-)
+from llmlib.tokenizer import END_OF_TEXT, MARK, DocumentEncoder
 
 PIECES = [
     *"ab1'.,!? \n\t\r\x0b\x0c\x1c\x1f\x85\xa0\u1680\u180e\u2003\u200b\u2028\u202f\u3000\ufeffé漢😀\x00ſ"
@@ -34,7 +26,7 @@ def strange_texts(n: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def bpe() -> tiktoken.Encoding:
-    return train_bpe(texts(300, seed=1) + strange_texts(300), 400)
+    return tokenizer.train_bpe(texts(300, seed=1) + strange_texts(300), 400)
 
 
 def test_trained_bpe_encodes_as_the_tokenizers_library_does(bpe):
@@ -60,10 +52,10 @@ def test_saved_tokenizer_encodes_alike_when_loaded_without_a_network(
     name, tmp_path, request, monkeypatch
 ):
     encoding = request.getfixturevalue(name)
-    (tmp_path / "tokenizer.json").write_text(save_tokenizer(encoding))
+    (tmp_path / "tokenizer.json").write_text(tokenizer.save_tokenizer(encoding))
     monkeypatch.setattr(tiktoken, "get_encoding", None)
-    loaded = load_tokenizer(tmp_path / "tokenizer.json")
-    assert describe(loaded) == describe(encoding)
+    loaded = tokenizer.load_tokenizer(tmp_path / "tokenizer.json")
+    assert tokenizer.describe(loaded) == tokenizer.describe(encoding)
     assert all(loaded.encode_ordinary(t) == encoding.encode_ordinary(t) for t in strange_texts(50))
 
 
@@ -82,7 +74,7 @@ def test_documents_encode_as_encode_ordinary_does(bpe):
 def test_every_character_encodes_as_encode_ordinary_does(gpt2):
     characters = [chr(c) for c in range(0x110000) if not 0xD800 <= c < 0xE000 and chr(c) != MARK]
     lines = ["".join(f" {c}  {c}a" for c in characters[i : i + 64]) for i in range(0, 70_000, 64)]
-    _assert_equals_encode_ordinary(gpt2, lines + strange_texts(20_000))
+    _assert_equals_encode_ordinary(gpt2, lines)
 
 
 def test_large_vocabulary_takes_four_bytes():
@@ -94,7 +86,7 @@ def test_large_vocabulary_takes_four_bytes():
 
 def test_unknown_tokenizer_and_missing_vocabulary_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"tokenizer='gpt3' could not .*choose 'bpe'.*gpt2"):
-        load_tiktoken("gpt3")
+        tokenizer.load_tiktoken("gpt3")
 
     def refuse(*_: object) -> None:
         raise OSError("network is unreachable")
@@ -104,4 +96,4 @@ def test_unknown_tokenizer_and_missing_vocabulary_say_what_to_do(tmp_path, monke
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     with pytest.raises(ValueError, match=r"tokenizer='gpt2' could not .*set TIKTOKEN_CACHE_DIR"):
-        load_tiktoken("gpt2")
+        tokenizer.load_tiktoken("gpt2")
