@@ -12,8 +12,9 @@ import sysconfig
 from collections.abc import Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import fsspec
 import pyarrow as pa
@@ -28,8 +29,7 @@ NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "
 DOMAIN = "redpajama_set_name"  # the field of ``meta`` that names it
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     raw: bytes | None  # as it is stored; None: null
     domain: str
 
@@ -46,8 +46,7 @@ class Document:
         return None if self.text.encode() == self.raw else "invalid_utf8"
 
 
-@dataclass(frozen=True)
-class Shard:
+class Shard(NamedTuple):
     """One unit of work: a data file, or text files of a folder."""
 
     name: str
@@ -69,8 +68,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     path = Path(config.corpus).expanduser()
     if config.corpus == "stdlib":
         path = Path(sysconfig.get_paths()["stdlib"])
-        sources = [name for name in _names(path, NOT_SOURCES) if name.suffix == ".py"]
-        return _text_corpus(path, sources)
+        return _text_corpus(path, [p for p in _names(path, NOT_SOURCES) if p.suffix == ".py"])
     if path.is_file():
         return Corpus([Shard("train-00000", str(path), _format(path))])
     if (names := _names(path)) and all(_format(name) == "text" for name in names):
@@ -137,10 +135,8 @@ def _explained(what: str) -> Iterator[None]:
 
 def count_documents(corpus: Corpus) -> int:
     """Count the rows of train: as declared, else from parquet footers, else by reading."""
-    if corpus.n_documents is not None:
-        return corpus.n_documents
     with ThreadPoolExecutor(16) as pool:  # a data set may have many remote files
-        return sum(pool.map(_count, corpus.train))
+        return corpus.n_documents or sum(pool.map(_count, corpus.train))
 
 
 def _count(shard: Shard) -> int:
@@ -173,7 +169,8 @@ def fetch(shard: Shard) -> Shard:
         return shard
     from datasets import DownloadManager
 
-    return replace(shard, url=str(DownloadManager(record_checksums=False).download(shard.url)))
+    path = DownloadManager(record_checksums=False).download(shard.url)
+    return shard._replace(url=str(path))
 
 
 def _rows(shard: Shard) -> Iterator[Document]:
