@@ -1,22 +1,24 @@
 """Where text comes from: a corpus is a list of shards per split, a shard yields documents.
 
-Hub datasets, folders in the hub's layout and data files go through ``datasets``, which resolves
-names, revisions and patterns; shards are fetched one at a time, so a run that needs one shard
-downloads one. Parquet, text files and the running Python's standard library are read here.
+Hub data sets and folders in the hub's layout are resolved by ``datasets`` (names, revisions,
+patterns) and fetched shard by shard, so a run that needs one shard downloads one. Parquet, text
+files and the running Python's standard library are read here, other formats by ``datasets``.
 """
-
-from __future__ import annotations
 
 import hashlib
 import os
 import re
 import sysconfig
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from llmlib.config import DataConfig
 
@@ -27,36 +29,37 @@ NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "
 DOMAIN = "redpajama_set_name"  # the field of ``meta`` that names it
 
 
-@dataclass(frozen=True)
-class Document:
+class Document(NamedTuple):
     raw: bytes | None  # as it is stored; None: null
     domain: str
 
-    @cached_property
+    @property
     def text(self) -> str:
         """The text; bytes that are not UTF-8 become U+FFFD."""
-        return (self.raw or b"").decode(errors="replace")
+        return self.raw.decode(errors="replace")
 
     @property
-    def is_utf8(self) -> bool:
-        return "\ufffd" not in self.text or self.text.encode() == self.raw
+    def fault(self) -> str | None:
+        """What is wrong with it: "null" or "empty" (no text), "invalid_utf8" (mended), or None."""
+        if not self.raw:
+            return "null" if self.raw is None else "empty"
+        return None if self.text.encode() == self.raw else "invalid_utf8"
 
 
-@dataclass(frozen=True)
-class Shard:
-    """One unit of work: a data file, or a list of text files."""
+class Shard(NamedTuple):
+    """One unit of work: a data file, or text files of a folder."""
 
     name: str
-    url: str = ""  # local path or hf:// address
-    format: str = "text"  # the builder of ``datasets`` that reads it
-    files: tuple[tuple[str, str], ...] = ()  # (path, domain) of text files
+    url: str  # local path or hf:// address
+    format: str  # "files", "text", "parquet", or another builder of ``datasets``
+    files: tuple[Path, ...] = ()  # below the folder
 
 
 @dataclass(frozen=True)
 class Corpus:
-    revision: str | None
     train: list[Shard]
-    official: dict[str, list[Shard]] = field(default_factory=dict)  # the dataset's other splits
+    revision: str | None = None
+    official: dict[str, list[Shard]] = field(default_factory=dict)  # the data set's other splits
     n_documents: int | None = None  # in train, where the source declares it
 
 
@@ -66,46 +69,44 @@ def open_corpus(config: DataConfig) -> Corpus:
     if config.corpus == "stdlib":
         path = Path(sysconfig.get_paths()["stdlib"])
         return _text_corpus(path, [p for p in _names(path, NOT_SOURCES) if p.suffix == ".py"])
-    if path.is_file() and _is_text(path):
-        return Corpus(None, [Shard("train-00000", url=str(path))])
-    if path.is_dir() and (names := _names(path)) and all(map(_is_text, names)):
+    if path.is_file():
+        return Corpus([Shard("train-00000", str(path), _format(path))])
+    if (names := _names(path)) and all(_format(name) == "text" for name in names):
         return _text_corpus(path, names)
     return _datasets_corpus(config, path)
 
 
-def _names(root: Path, left_out: Iterable[str] = ()) -> list[Path]:
-    """List the files below a folder; what is hidden and some folders are left out."""
-    names: list[Path] = []
+def _names(root: Path, left_out: Set[str] = frozenset()) -> list[Path]:
+    """List the files below a folder, without some folders and what is hidden."""
+    names = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name[0] != "." and name not in left_out]
         names += [Path(folder, name).relative_to(root) for name in files if name[0] != "."]
     return names
 
 
-def _is_text(path: Path) -> bool:
-    return not {".parquet", ".json", ".jsonl"} & {suffix.lower() for suffix in path.suffixes}
+def _format(path: Path) -> str:
+    suffixes = {suffix.lower() for suffix in path.suffixes}  # several, as in .jsonl.gz
+    if ".parquet" in suffixes:
+        return "parquet"
+    return "json" if suffixes & {".json", ".jsonl"} else "text"
 
 
-def _text_corpus(root: Path, names: list[Path]) -> Corpus:
+def _text_corpus(folder: Path, names: list[Path]) -> Corpus:
     """Group text files into shards; a file is a document and its top folder is its domain."""
     # In hash order, so that every shard holds some of everything, the same on every machine.
-    names.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
-    files = [(str(root / n), n.parts[0] if len(n.parts) > 1 else "top level") for n in names]
-    groups = [files[i : i + FILES_PER_SHARD] for i in range(0, len(files), FILES_PER_SHARD)]
-    shards = [Shard(f"train-{i:05d}", files=tuple(group)) for i, group in enumerate(groups)]
-    return Corpus(None, shards, n_documents=len(files))
+    names = sorted(names, key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())
+    groups = [names[i : i + FILES_PER_SHARD] for i in range(0, len(names), FILES_PER_SHARD)]
+    shards = [Shard(f"train-{i:05d}", str(folder), "files", (*g,)) for i, g in enumerate(groups)]
+    return Corpus(shards, n_documents=len(names))
 
 
 def _datasets_corpus(config: DataConfig, path: Path) -> Corpus:
-    """Let ``datasets`` find the files of a hub data set, of a folder, or of one file."""
+    """Let ``datasets`` find the files of a hub data set, or of a folder in its layout."""
     from datasets import load_dataset_builder
 
     with _explained(f"corpus={config.corpus!r} could not be opened"):
-        if path.is_file():
-            name = "parquet" if ".parquet" in path.name.lower() else "json"
-            builder = load_dataset_builder(name, data_files={"train": [str(path)]})
-        else:
-            builder = load_dataset_builder(str(path), config.subset, revision=config.revision)
+        builder = load_dataset_builder(str(path), config.subset, revision=config.revision)
         splits = {
             str(name): [Shard(f"{name}-{i:05d}", str(u), builder.name) for i, u in enumerate(urls)]
             for name, urls in (builder.config.data_files or {}).items()
@@ -116,7 +117,7 @@ def _datasets_corpus(config: DataConfig, path: Path) -> Corpus:
     commit = re.match(r"hf://datasets/[^@]+@([0-9a-f]+)/", train[0].url)
     declared = (builder.info.splits or {}).get("train")
     revision = commit[1] if commit else config.revision
-    return Corpus(revision, train, splits, declared and declared.num_examples)
+    return Corpus(train, revision, splits, declared and declared.num_examples)
 
 
 @contextmanager
@@ -132,63 +133,58 @@ def _explained(what: str) -> Iterator[None]:
         ) from error
 
 
-def fetch(shard: Shard) -> Shard:
-    """Download a hub shard into the Hugging Face cache, resuming where a connection dropped."""
-    if not shard.url.startswith("hf://"):
-        return shard
-    from datasets import DownloadManager
-
-    with _explained(f"shard {shard.name} ({shard.url}) could not be downloaded"):
-        return replace(shard, url=str(DownloadManager(record_checksums=False).download(shard.url)))
-
-
 def count_documents(corpus: Corpus) -> int:
     """Count the rows of train: as declared, else from parquet footers, else by reading."""
-    if corpus.n_documents is not None:
-        return corpus.n_documents
     with ThreadPoolExecutor(16) as pool:  # a data set may have many remote files
-        return sum(pool.map(_count, corpus.train))
+        return corpus.n_documents or sum(pool.map(_count, corpus.train))
 
 
 def _count(shard: Shard) -> int:
     if shard.format != "parquet":
-        return sum(1 for _ in read_documents(fetch(shard)))
-    import fsspec
-    import pyarrow.parquet as pq
-
+        return sum(1 for _ in read_documents(shard))
     what = f"shard {shard.name} ({shard.url}) could not be read"
     with _explained(what), fsspec.open(shard.url, "rb") as file:  # reads no more than the footer
         return pq.ParquetFile(file).metadata.num_rows
 
 
 def read_documents(shard: Shard) -> Iterator[Document]:
-    """Yield the documents of a local shard in order, holding a few at a time."""
-    with _explained(f"shard {shard.name} ({shard.url or 'text files'}) could not be read"):
-        if shard.files:
-            yield from (Document(Path(path).read_bytes(), domain) for path, domain in shard.files)
+    """Yield the documents of a shard in order, holding a few at a time."""
+    with _explained(f"shard {shard.name} ({shard.url}) could not be read"):
+        shard = fetch(shard)
+        path = Path(shard.url)
+        if shard.format == "files":
+            for name in shard.files:
+                domain = name.parts[0] if len(name.parts) > 1 else "top level"
+                yield Document((path / name).read_bytes(), domain)
         elif shard.format == "text":
-            pieces = PIECE.finditer(Path(shard.url).read_bytes())
-            yield from (Document(piece[0], Path(shard.url).stem) for piece in pieces)
+            for piece in PIECE.finditer(path.read_bytes()):
+                yield Document(piece[0], path.stem)
         else:
             yield from _rows(shard)
 
 
+def fetch(shard: Shard) -> Shard:
+    """Download a hub shard into the Hugging Face cache, resuming where a connection dropped."""
+    if not shard.url.startswith("hf://"):
+        return shard
+    from datasets import DownloadManager
+
+    path = DownloadManager(record_checksums=False).download(shard.url)
+    return shard._replace(url=str(path))
+
+
 def _rows(shard: Shard) -> Iterator[Document]:
     """Read a data file a few rows at a time."""
-    import datasets
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     if shard.format == "parquet":
         # Buffered and without read-ahead: one huge row group takes no more memory than many.
         file = pq.ParquetFile(shard.url, buffer_size=1 << 20, pre_buffer=False)
         names = [name for name in file.schema_arrow.names if name in ("text", "meta")]
         tables = file.iter_batches(ROWS_PER_READ, columns=names if "text" in names else None)
     else:
-        data = datasets.load_dataset(
-            shard.format, data_files=[shard.url], split="train", streaming=True
-        )
-        tables = data.with_format("arrow").iter(batch_size=ROWS_PER_READ)
+        from datasets import load_dataset
+
+        rows = load_dataset(shard.format, data_files=[shard.url], split="train", streaming=True)
+        tables = rows.with_format("arrow").iter(batch_size=ROWS_PER_READ)
     for table in tables:
         if "text" not in (names := table.schema.names):
             raise ValueError(f"it has no 'text' column (it has {', '.join(names)}); rename one")

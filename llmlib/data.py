@@ -3,8 +3,6 @@
 Batches are a pure function of (seed, step, rank), so resuming means knowing the step.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
@@ -64,6 +62,11 @@ def open_split(tokens_dir: Path, split: str) -> TokenFiles:
     return TokenFiles([*lengths], [*lengths.values()], dtype)
 
 
+@lru_cache(maxsize=2)
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(n)
+
+
 class Batches:
     """Training batches without replacement: each epoch is its own permutation of all windows.
 
@@ -72,34 +75,25 @@ class Batches:
     """
 
     def __init__(self, tokens: TokenFiles, seq_len: int, n_sequences: int, *, seed: int = 0):
-        self.tokens, self.seq_len, self.n_sequences = tokens, seq_len, n_sequences
+        _require_window("train", max(tokens.lengths, default=0), seq_len)
+        self.tokens, self.seq_len, self.n_sequences, self.seed = tokens, seq_len, n_sequences, seed
         self.first_of_file = np.cumsum([0, *((n - 1) // seq_len for n in tokens.lengths)])
         self.n_windows = int(self.first_of_file[-1])
-        if self.n_windows == 0:
-            raise _too_few("train", sum(tokens.lengths), seq_len)
-
-        @lru_cache(maxsize=2)
-        def permutation(epoch: int) -> np.ndarray:
-            return np.random.default_rng([seed, epoch]).permutation(self.n_windows)
-
-        self._permutation = permutation
-
-    def indices(self, step: int) -> np.ndarray:
-        """Return the windows of one step: a pure function of (seed, step)."""
-        positions = range(step * self.n_sequences, (step + 1) * self.n_sequences)
-        places = (divmod(position, self.n_windows) for position in positions)
-        return np.array([self._permutation(epoch)[place] for epoch, place in places])
 
     def batch(self, step: int, *, rank: int = 0, world_size: int = 1) -> tuple[Tensor, Tensor]:
         """Read this rank's share of a step: inputs and targets, each (n_sequences / world_size, T)."""
         share = self.n_sequences // world_size
-        mine = self.indices(step)[rank * share : (rank + 1) * share]
-        files = np.searchsorted(self.first_of_file, mine, side="right") - 1
-        starts = (mine - self.first_of_file[files]) * self.seq_len
-        streams = {file: self.tokens.read(file) for file in set(files.tolist())}
-        places = zip(files.tolist(), starts.tolist(), strict=True)
-        windows = np.stack([streams[f][start : start + self.seq_len + 1] for f, start in places])
-        both = torch.from_numpy(windows.astype(np.int64))
+        first = step * self.n_sequences + rank * share
+        streams, windows = {}, []
+        for position in range(first, first + share):
+            epoch, place = divmod(position, self.n_windows)
+            window = _permutation(self.n_windows, self.seed, epoch)[place]
+            file = int(np.searchsorted(self.first_of_file, window, side="right")) - 1
+            if file not in streams:
+                streams[file] = self.tokens.read(file)
+            start = (window - self.first_of_file[file]) * self.seq_len
+            windows.append(streams[file][start : start + self.seq_len + 1])
+        both = torch.from_numpy(np.stack(windows).astype(np.int64))
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
 
@@ -126,8 +120,7 @@ def eval_windows(
 ) -> np.ndarray:
     """Read non-overlapping windows (n, seq_len + 1) of a split, evenly spread, always the same."""
     stream = np.concatenate([*open_split(tokens_dir, split).streams()])
-    if len(stream) <= seq_len:
-        raise _too_few(split, len(stream), seq_len)
+    _require_window(split, len(stream), seq_len)
     return _windows(stream, seq_len, n_windows)
 
 
@@ -137,11 +130,12 @@ def _windows(stream: np.ndarray, seq_len: int, n_windows: int | None = None) -> 
     return stream[chosen[:, None] * seq_len + np.arange(seq_len + 1)].astype(np.int64)
 
 
-def _too_few(split: str, n_tokens: int, seq_len: int) -> ValueError:
-    return ValueError(
-        f"{split} has {n_tokens} tokens, too few for one window of {seq_len + 1}; bring more text, "
-        "lower seq_len or, for val, raise test_size."
-    )
+def _require_window(split: str, n_tokens: int, seq_len: int) -> None:
+    if n_tokens <= seq_len:
+        raise ValueError(
+            f"{split} has {n_tokens} tokens in a row, too few for one window of {seq_len + 1}; "
+            "bring more text, lower seq_len or, for val, raise test_size."
+        )
 
 
 def sha256(windows: np.ndarray) -> str:
@@ -156,14 +150,11 @@ def documents(tokens_dir: Path, split: str) -> Iterator[np.ndarray]:
         yield from np.split(stream, np.flatnonzero(stream == end_of_text) + 1)[:-1]
 
 
-def domain_windows(tokens_dir: Path, split: str, seq_len: int) -> dict[str, np.ndarray]:
+def domain_windows(tokens_dir: Path, seq_len: int) -> dict[str, np.ndarray]:
     """Cut each domain of "val" into windows; one too small for a window is left out."""
-    shards, parts = load_manifest(tokens_dir)["splits"][split], defaultdict(list)
-    if not all("documents" in shard for shard in shards):
-        raise ValueError(f"split={split!r} does not list its documents; choose 'val'.")
-    domains = [domain for shard in shards for _, domain, _, _ in shard["documents"]]
-    for domain, tokens in zip(domains, documents(tokens_dir, split), strict=True):
-        parts[domain].append(tokens)
+    [val], parts = load_manifest(tokens_dir)["splits"]["val"], defaultdict(list)
+    for entry, tokens in zip(val["documents"], documents(tokens_dir, "val"), strict=True):
+        parts[entry[1]].append(tokens)
     windows = {d: _windows(np.concatenate(found), seq_len) for d, found in sorted(parts.items())}
     return {domain: found for domain, found in windows.items() if len(found)}
 

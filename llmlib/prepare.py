@@ -5,9 +5,6 @@ renamed into place when whole; its marker follows, and the manifest is written l
 what this module writes.
 """
 
-from __future__ import annotations
-
-import errno
 import hashlib
 import math
 import os
@@ -31,74 +28,57 @@ BPE_TRAINING_BYTES = 40_000_000  # text that a trained tokenizer sees
 DOCUMENTS_PER_JOB = 64  # about 0.5 MB of text: enough to hide what Python adds
 
 Marker = dict[str, Any]  # what is written about a finished token file
-Encoded = tuple[np.ndarray, list[list]]  # tokens, and [index, domain, bytes, tokens] per document
+Encoded = tuple[list, np.ndarray]  # a document's [index, domain, bytes, tokens], and its tokens
 
 
-def prepare(config: DataConfig, tokens_dir: Path, *, n_workers: int | None = None) -> Marker:
+def prepare(config: DataConfig, tokens_dir: Path) -> Marker:
     """Tokenise a corpus into a folder and return its manifest; what is finished is kept."""
-    try:
-        record = runs.Record(tokens_dir, to_json(config))
-        if (tokens_dir / "manifest.json").exists():
-            return data.load_manifest(tokens_dir)
+    record = runs.Record(tokens_dir, to_json(config))
+    if not (tokens_dir / "manifest.json").exists():
         with locks.lock(tokens_dir):
-            return _prepare(config, record, n_workers or runs.n_cores())
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        raise ValueError(
-            f"the disk is full while writing tokens to {tokens_dir}; free some space (2 bytes per "
-            "token, 4 for a large vocabulary) and run again: finished shards are kept."
-        ) from error
+            runs.write_json(tokens_dir / "manifest.json", _write_tokens(config, record))
+    return data.load_manifest(tokens_dir)
 
 
-def _prepare(config: DataConfig, record: runs.Record, n_workers: int) -> Marker:
+def _write_tokens(config: DataConfig, record: runs.Record) -> Marker:
+    def describe() -> dict[str, Any]:
+        texts = corpus.open_corpus(config)
+        return {"revision": texts.revision, "n_documents": corpus.count_documents(texts)}
+
     # The first visit pins what the corpus is, so that a resumed one reads the same revision.
-    source = record.cached_json("source", lambda: _describe(corpus.open_corpus(config)))
+    source = record.cached_json("source", describe)
     texts = corpus.open_corpus(replace(config, revision=source["revision"]))
     n_documents = source["n_documents"]
     heldout = heldout_documents(n_documents, config.test_size, config.split_seed)
     encoding = _tokenizer(config, texts, {*heldout}, record.path / "tokenizer.json")
-    unit, total = (" tokens", config.n_tokens) if config.n_tokens else (" rows", n_documents)
-    bar = tqdm(total=total, desc="tokenising", unit=unit)
-    with ThreadPoolExecutor(n_workers) as pool, bar:
-        writer = Writer(tokenizer.DocumentEncoder(encoding), record.path, pool, 4 * n_workers, bar)
+    bar = tqdm(total=None if config.n_tokens else n_documents, unit=" documents")
+    with ThreadPoolExecutor(runs.n_cores()) as pool, bar:
+        writer = Writer(tokenizer.DocumentEncoder(encoding), record.path, pool, bar)
         train = writer.write_split(texts.train, {*heldout}, config.n_tokens)
-        val = [writer.gather(train, heldout)]
+        val = writer.gather(train, heldout)
         official = {name: writer.write_split(shards) for name, shards in texts.official.items()}
-    is_whole = len(train) == len(texts.train)
-    _check(n_documents if is_whole else None, train, val)
-    manifest = {
-        "source": source | {"config": to_json(config)},
-        "tokenizer": tokenizer.describe(encoding),
-        "dtype": writer.encoder.dtype.str,
-        "n_tokens": _total(train, "n_tokens"),
-        "splits": {"train": train, "val": val, **official},
-    }
-    runs.write_json(record.path / "manifest.json", manifest)
-    return manifest
-
-
-def _describe(texts: Corpus) -> dict[str, Any]:
-    return {"revision": texts.revision, "n_documents": corpus.count_documents(texts)}
-
-
-def _total(markers: list[Marker], key: str) -> int:
-    return sum(marker[key] for marker in markers)
-
-
-def _check(n_declared: int | None, train: list[Marker], val: list[Marker]) -> None:
-    """Refuse a whole corpus of another size than it declares, and a split without text."""
-    n_rows = _total(train, "n_rows")
-    if n_declared not in (None, n_rows):
+    n_rows, n_tokens = _total(train, "n_rows"), _total(train, "n_tokens")
+    if len(train) == len(texts.train) and n_rows != n_documents:
         raise ValueError(
-            f"the corpus declares {n_declared} documents but holds {n_rows}; its split cannot be "
+            f"the corpus declares {n_documents} documents but holds {n_rows}; its split cannot be "
             "trusted. Fetch it again, or give the files as a local folder."
         )
-    if not _total(train, "n_tokens") or not _total(val, "n_tokens"):
+    if not n_tokens or not val["n_tokens"]:
         raise ValueError(
             f"the corpus holds no text for train or val in {n_rows} documents; bring more text or "
             "raise test_size."
         )
+    return {
+        "source": source | {"config": to_json(config)},
+        "tokenizer": tokenizer.describe(encoding),
+        "dtype": writer.encoder.dtype.str,
+        "n_tokens": n_tokens,
+        "splits": {"train": train, "val": [val], **official},
+    }
+
+
+def _total(markers: list[Marker], key: str) -> int:
+    return sum(marker[key] for marker in markers)
 
 
 def heldout_documents(n_documents: int, test_size: float, seed: int) -> list[int]:
@@ -122,16 +102,16 @@ def _tokenizer(config: DataConfig, texts: Corpus, heldout: set[int], path: Path)
 
 def _training_texts(texts: Corpus, heldout: set[int], n_tokens: float) -> Iterator[str]:
     """Yield training documents up to BPE_TRAINING_BYTES, from shards that ``n_tokens`` surely needs."""
-    n_bytes = index = 0
+    n_most = index = 0  # a document has at most one token per byte, and one at its end
     for shard in texts.train:
-        # A document has at most one token per byte, and one at its end.
-        if n_bytes + index >= n_tokens:
+        if n_most >= n_tokens:
             return
-        for document in corpus.read_documents(corpus.fetch(shard)):
+        for document in corpus.read_documents(shard):
             if index not in heldout and document.raw:
                 yield document.text
-            n_bytes, index = n_bytes + len(document.raw or b""), index + 1
-            if n_bytes >= BPE_TRAINING_BYTES:
+            index += 1
+            n_most += len(document.raw or b"") + 1
+            if n_most >= BPE_TRAINING_BYTES:
                 return
 
 
@@ -145,7 +125,6 @@ class Writer:
     encoder: tokenizer.DocumentEncoder
     folder: Path
     pool: ThreadPoolExecutor
-    n_ahead: int  # jobs under way at once; few, so memory stays flat
     bar: tqdm
 
     def write_split(
@@ -156,92 +135,77 @@ class Writer:
         for shard in shards:
             path = self.folder / f"{shard.name}.json"
             if path.exists():
-                marker = runs.read_json(path)
-                self._advance(marker)
+                self.bar.update(runs.read_json(path)["n_rows"])
             else:
-                marker = self._write_shard(shard, _total(markers, "n_rows"), heldout)
-                runs.write_json(path, marker)
-            markers.append(marker)
+                runs.write_json(path, self._write_shard(shard, _total(markers, "n_rows"), heldout))
+            markers.append(runs.read_json(path))
             if n_tokens and _total(markers, "n_tokens") >= n_tokens:
                 break
         return markers
 
-    def _advance(self, counts: Marker) -> None:
-        self.bar.update(counts[f"n_{self.bar.unit.strip()}"])
-
     def _write_shard(self, shard: Shard, first: int, heldout: Set[int]) -> Marker:
-        counts, aside = Counter(), []
+        n_of_fault, aside = Counter(), []
 
-        def parts() -> Iterator[Encoded]:
-            for job_counts, main, val in self._jobs(shard, first, heldout):
-                counts.update(job_counts)
-                aside.append(val)
-                self._advance(job_counts)
-                yield main
+        def kept() -> Iterator[Encoded]:
+            for entry, tokens in self._encoded(shard, first, n_of_fault):
+                if entry[0] in heldout:
+                    aside.append((entry, tokens))
+                else:
+                    yield entry, tokens
 
-        marker = self.write_file(f"{shard.name}.bin", parts(), is_listed=False)
+        marker = self._write_file(f"{shard.name}.bin", kept())
         if heldout:
-            marker["val"] = self.write_file(f"{shard.name}.val.bin", aside)
-        skipped = {kind: counts[kind] for kind in ("null", "empty", "invalid_utf8")}
-        return marker | {"n_rows": counts["n_rows"], "skipped": skipped}
+            marker["val"] = self._write_val(f"{shard.name}.val.bin", aside)
+        skipped = {fault: n_of_fault[fault] for fault in ("null", "empty", "invalid_utf8")}
+        return marker | {"n_rows": n_of_fault.total(), "skipped": skipped}
 
-    def _jobs(self, shard: Shard, first: int, heldout: Set[int]) -> Iterator[tuple]:
-        """Encode the documents of a shard, in order."""
-        pending, documents = deque(), corpus.read_documents(corpus.fetch(shard))
+    def _encoded(self, shard: Shard, first: int, n_of_fault: Counter) -> Iterator[Encoded]:
+        """Encode a shard's documents, in order, and count their faults; few at a time, for memory."""
+        documents, jobs = enumerate(corpus.read_documents(shard), first), deque()
         while job := list(islice(documents, DOCUMENTS_PER_JOB)):
-            pending.append(self.pool.submit(self._encode, job, first, heldout))
-            first += len(job)
-            if len(pending) > self.n_ahead:
-                yield pending.popleft().result()
-        yield from (job.result() for job in pending)
+            n_of_fault.update(document.fault for _, document in job)
+            self.bar.update(len(job))
+            jobs.append(self.pool.submit(self._encode, job))
+            if len(jobs) > 4 * runs.n_cores():
+                yield from jobs.popleft().result()
+        for encoded in jobs:
+            yield from encoded.result()
 
-    def _encode(self, documents: list[Document], first: int, heldout: Set[int]) -> tuple:
-        """Return counts, and what goes to the shard's main file and to its held-out one."""
-        counts = {
-            "n_rows": len(documents),
-            "null": sum(d.raw is None for d in documents),
-            "empty": sum(d.raw == b"" for d in documents),
-            "invalid_utf8": sum(not d.is_utf8 for d in documents),
-        }
-        files = {False: [], True: []}
-        for index, document in enumerate(documents, first):
-            if document.raw:
-                files[index in heldout].append((index, document))
-        main, val = map(self._to_tokens, files.values())
-        return counts | {"n_tokens": len(main[0]) + len(val[0])}, main, val
+    def _encode(self, job: list[tuple[int, Document]]) -> list[Encoded]:
+        documents = [(index, document) for index, document in job if document.raw]
+        tokens = self.encoder.encode([document.text for _, document in documents])
+        pairs = zip(documents, tokens, strict=True)
+        return [([i, d.domain, len(d.raw), len(found)], found) for (i, d), found in pairs]
 
-    def _to_tokens(self, documents: list[tuple[int, Document]]) -> Encoded:
-        tokens, counts = self.encoder.encode([d.text for _, d in documents])
-        pairs = zip(documents, counts, strict=True)
-        return tokens, [[i, d.domain, len(d.raw), n] for (i, d), n in pairs]
-
-    def write_file(self, name: str, parts: Iterable[Encoded], *, is_listed: bool = True) -> Marker:
+    def _write_file(self, name: str, documents: Iterable[Encoded]) -> Marker:
         """Write a token file, counted and hashed on the way, renamed when whole."""
-        sha256, n_tokens, domains, documents = hashlib.sha256(), 0, defaultdict(Counter), []
-        with open(self.folder / f".{name}.tmp", "wb") as file:
-            for tokens, entries in parts:
+        sha256, domains = hashlib.sha256(), defaultdict(Counter)
+        temporary = self.folder / f".{name}.tmp"
+        with open(temporary, "wb") as file:
+            for (_, domain, n_bytes, n_tokens), tokens in documents:
                 file.write(tokens)
                 sha256.update(tokens)
-                n_tokens += len(tokens)
-                for _, domain, n_bytes, n in entries:
-                    domains[domain].update(documents=1, bytes=n_bytes, tokens=n)
-                documents += entries if is_listed else []
+                domains[domain].update(documents=1, bytes=n_bytes, tokens=n_tokens)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(self.folder / f".{name}.tmp", self.folder / name)
+        os.replace(temporary, self.folder / name)
+        n_tokens = sum(counts["tokens"] for counts in domains.values())
         marker = {"file": name, "n_tokens": n_tokens, "sha256": sha256.hexdigest()}
-        marker["domains"] = dict(sorted(domains.items()))
-        return marker | ({"documents": documents} if is_listed else {})
+        return marker | {"domains": dict(sorted(domains.items()))}
+
+    def _write_val(self, name: str, documents: list[Encoded]) -> Marker:
+        return self._write_file(name, documents) | {"documents": [entry for entry, _ in documents]}
 
     def gather(self, markers: list[Marker], heldout: list[int]) -> Marker:
         """Gather the held-out documents of all shards into one file, in the split's own order."""
         found = {}
         for val in (marker["val"] for marker in markers):
             tokens, start = np.fromfile(self.folder / val["file"], self.encoder.dtype), 0
-            for index, *about, n_tokens in val["documents"]:
-                found[index] = tokens[start : start + n_tokens], [[index, *about, n_tokens]]
+            for entry in val["documents"]:
+                index, *_, n_tokens = entry
+                found[index] = entry, tokens[start : start + n_tokens]
                 start += n_tokens
-        return self.write_file("val.bin", (found[i] for i in heldout if i in found))
+        return self._write_val("val.bin", [found[index] for index in heldout if index in found])
 
 
 def verify(tokens_dir: Path) -> list[str]:
@@ -254,9 +218,10 @@ def verify(tokens_dir: Path) -> list[str]:
     markers += runs.read_json(manifest)["splits"]["val"] if manifest.exists() else []
     bad = []
     for marker in markers:
-        files = [marker, marker["val"]] if "val" in marker else [marker]
-        if names := [f["file"] for f in files if _sha256(tokens_dir / f["file"]) != f["sha256"]]:
-            bad += names
+        hashes = {part["file"]: part["sha256"] for part in (marker, marker.get("val", marker))}
+        differing = [name for name, found in hashes.items() if _sha256(tokens_dir / name) != found]
+        if differing:
+            bad += differing
             manifest.unlink(missing_ok=True)  # first: it must not be left behind alone
             (tokens_dir / marker["file"]).with_suffix(".json").unlink(missing_ok=True)
     return bad

@@ -1,16 +1,12 @@
 """Tokenizers: GPT-2's byte-level BPE from ``tiktoken``, or one trained on the corpus itself.
 
-Both are a ``tiktoken.Encoding`` with one special token, ``<|endoftext|>``, after each document.
-A trained one is stored beside the tokens, so a run can always turn its tokens back into text.
+Both are a ``tiktoken.Encoding`` with one special token, ``<|endoftext|>``, after each document. It is
+stored beside the tokens, so a run can turn its tokens back into text without a network.
 """
 
-from __future__ import annotations
-
-import base64
 import hashlib
 import json
 from collections.abc import Iterable
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,45 +48,37 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     in_order = sorted(range(256), key=lambda b: b == 32 or not chr(b).isprintable())
     byte, rank = dict(zip(alphabet, in_order, strict=True)), model.get_vocab()
     merged = [bytes(byte[c] for c in word) for word in sorted(rank, key=rank.get)[256:]]
-    return _bpe([bytes([i]) for i in range(256)] + merged)
-
-
-def _bpe(words: list[bytes]) -> tiktoken.Encoding:
-    ranks, special = {word: i for i, word in enumerate(words)}, {END_OF_TEXT: len(words)}
+    words = [bytes([i]) for i in range(256)] + merged
     return tiktoken.Encoding(
-        "bpe", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=special
+        "bpe",
+        pat_str=GPT2_PATTERN,
+        mergeable_ranks={word: i for i, word in enumerate(words)},
+        special_tokens={END_OF_TEXT: len(words)},
     )
 
 
-def _words(encoding: tiktoken.Encoding) -> list[tuple[int, bytes]]:
-    return sorted((rank, word) for word, rank in encoding._mergeable_ranks.items())
-
-
-def describe(encoding: tiktoken.Encoding) -> dict[str, Any]:
-    """Describe an encoding; the hash covers the name (which stands for the pattern) and all tokens."""
-    words = b"".join(word + rank.to_bytes(4, "little") for rank, word in _words(encoding))
-    special = json.dumps(encoding._special_tokens, sort_keys=True)
-    return {
-        "name": encoding.name,
-        "vocab_size": encoding.n_vocab,
-        "end_of_text": encoding.eot_token,
-        "sha256": hashlib.sha256(encoding.name.encode() + words + special.encode()).hexdigest(),
-    }
-
-
 def save_tokenizer(encoding: tiktoken.Encoding) -> str:
-    """Write an encoding as JSON text: a name for a published one, all tokens for a trained one."""
-    words = _words(encoding) if encoding.name == "bpe" else []
-    spelt = [base64.b64encode(word).decode() for _, word in words]
-    return json.dumps({"name": encoding.name, "words": spelt})
+    """Write an encoding as JSON text, with its pattern and all its tokens."""
+    ranks = {word.decode("latin-1"): rank for word, rank in encoding._mergeable_ranks.items()}
+    record = {"name": encoding.name, "pat_str": encoding._pat_str, "mergeable_ranks": ranks}
+    return json.dumps(record | {"special_tokens": encoding._special_tokens})
 
 
 def load_tokenizer(path: Path) -> tiktoken.Encoding:
     """Read what ``save_tokenizer`` wrote."""
     record = json.loads(path.read_text())
-    if record["name"] != "bpe":
-        return load_tiktoken(record["name"])
-    return _bpe([base64.b64decode(word) for word in record["words"]])
+    ranks = {word.encode("latin-1"): rank for word, rank in record["mergeable_ranks"].items()}
+    return tiktoken.Encoding(**record | {"mergeable_ranks": ranks})
+
+
+def describe(encoding: tiktoken.Encoding) -> dict[str, Any]:
+    """Describe an encoding; the hash covers its name, pattern and all tokens."""
+    return {
+        "name": encoding.name,
+        "vocab_size": encoding.n_vocab,
+        "end_of_text": encoding.eot_token,
+        "sha256": hashlib.sha256(save_tokenizer(encoding).encode()).hexdigest(),
+    }
 
 
 class DocumentEncoder:
@@ -102,30 +90,27 @@ class DocumentEncoder:
     """
 
     def __init__(self, encoding: tiktoken.Encoding):
-        self.encoding = self.marking = encoding
+        self.encoding, self.marking = encoding, None
         self.dtype = np.dtype("<u2" if encoding.n_vocab <= 2**16 else "<u4")
         if encoding.name in ("gpt2", "bpe"):
             self.marking = tiktoken.Encoding(
-                f"{encoding.name}, marked",
+                "marking",
                 pat_str=GPT2_PATTERN.replace(r"|\s+(?!\S)", ""),
                 mergeable_ranks=encoding._mergeable_ranks,
                 special_tokens={MARK: encoding.n_vocab},  # never leaves this class
             )
 
-    def encode(self, texts: list[str]) -> tuple[np.ndarray, list[int]]:
-        """Return the tokens of all documents, <|endoftext|> after each, and their counts."""
+    def encode(self, texts: list[str]) -> list[np.ndarray]:
+        """Return each text's tokens, <|endoftext|> at the end."""
         encoding, allowed = self.encoding, set()
-        if self.marking is not encoding and not any(MARK in text for text in texts):
+        if self.marking and not any(MARK in text for text in texts):
             encoding, allowed = self.marking, {MARK}
             texts = pc.replace_substring_regex(
                 pa.array(texts, pa.large_string()),
                 pattern=f"([{SPACE}])([{SPACE}][^{SPACE}])",
                 replacement=rf"\1{MARK}\2",
             ).to_pylist()
-        end = np.array([self.encoding.eot_token], np.uint32)
         how = {"allowed_special": allowed, "disallowed_special": ()}
         parts = (encoding.encode_to_numpy(text, **how) for text in texts)
-        tokens = np.concatenate([end[:0], *chain.from_iterable((part, end) for part in parts)])
-        tokens = tokens[tokens != self.encoding.n_vocab].astype(self.dtype)
-        ends = np.flatnonzero(tokens == self.encoding.eot_token) + 1
-        return tokens, np.diff(ends, prepend=0).tolist()
+        ended = (np.append(part, np.uint32(self.encoding.eot_token)) for part in parts)
+        return [part[part != self.encoding.n_vocab].astype(self.dtype) for part in ended]

@@ -1,9 +1,8 @@
 """Small corpora in SlimPajama's layout, and a server on localhost that speaks the hub's protocol.
 
-The server logs what it is asked for and can be told to misbehave.
+The server knows what ``datasets`` asks of a hub: a commit, what a folder holds, and files or parts of
+them. It logs what it is asked for and can be told to misbehave.
 """
-
-from __future__ import annotations
 
 import hashlib
 import io
@@ -15,63 +14,50 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-API = re.compile(r"/api/datasets/([^/]+/[^/]+?)(?:/(revision|tree|paths-info)/([^/]+)(?:/(.*))?)?")
-RESOLVE = re.compile(r"/datasets/([^/]+/[^/]+?)/resolve/([^/]+)/(.+)")
+PATH = re.compile(r"(?:/api)?/datasets/me/pajama/(resolve|revision|tree)/([^/]+)/?(.*)")
 
 
-class Hub:
-    """Datasets by commit, the log of requests, and the faults still to happen."""
+class Hub(ThreadingHTTPServer):
+    """The commits of me/pajama, the log of requests, and the faults still to happen."""
 
     def __init__(self) -> None:
-        self.commits: dict[str, dict[str, dict[str, bytes]]] = {}  # repository, commit, path
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.commits: dict[str, dict[str, bytes]] = {}  # files by path, by the commit's hash
         self.log: list[tuple[str, str, str | None]] = []  # method, path, Range
         self.drop_after: dict[str, int] = {}  # path: bytes after which the connection drops, once
         self.cut_to: dict[str, int] = {}  # path: bytes served as if they were the whole file
-        self.url = ""
 
-    def commit(self, repo: str, files: dict[str, bytes]) -> str:
+    def commit(self, files: dict[str, bytes]) -> str:
         """Add a commit, which becomes the newest, and return its hash."""
-        content = repr([(path, hashlib.sha1(data).hexdigest()) for path, data in files.items()])
-        sha = hashlib.sha1(content.encode()).hexdigest()
-        self.commits.setdefault(repo, {})[sha] = files
+        sha = _hash(repr([(path, _hash(data)) for path, data in files.items()]).encode())
+        self.commits[sha] = files
         return sha
 
     def downloads(self) -> list[str]:
-        """List the data files that were asked for, without what only reads a part."""
+        """List the data files that were asked for."""
         paths = [path for method, path, _ in self.log if method == "GET" and "/resolve/" in path]
-        return [p.split("/resolve/")[1].split("/", 1)[1] for p in paths if "/data/" in p]
-
-    def find(self, repo: str, revision: str | None) -> tuple[str, dict[str, bytes]] | None:
-        commits = self.commits.get(repo, {})
-        sha = [*commits, None][-2] if commits and revision in (None, "main") else revision
-        return (sha, commits[sha]) if sha in commits else None
+        return [path[path.index("data/") :] for path in paths if "/data/" in path]
 
 
 @contextmanager
 def serve() -> Iterator[Hub]:
     """Run a hub on a free port of localhost."""
-    hub = Hub()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (_Handler,), {"hub": hub}))
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    hub.url = f"http://127.0.0.1:{server.server_port}"
-    try:
-        yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+    with Hub() as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        try:
+            yield hub
+        finally:
+            hub.shutdown()
 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    hub: Hub
 
     def log_message(self, *_: object) -> None:
         pass
@@ -79,76 +65,59 @@ class _Handler(BaseHTTPRequestHandler):
     def do_HEAD(self) -> None:
         self.do_GET()
 
-    def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode()
-        is_json = "json" in self.headers.get("Content-Type", "")
-        self.do_GET((json.loads(body) if is_json else parse_qs(body)).get("paths", []))
-
-    def do_GET(self, asked: list[str] | None = None) -> None:
+    def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        self.hub.log.append((self.command, path, self.headers.get("Range")))
-        if match := RESOLVE.fullmatch(path):
-            return self._file(*match.groups())
-        match = API.fullmatch(path)
-        if not (found := match and self.hub.find(match[1], match[3])):
-            return self._answer(
-                404, {"X-Error-Code": "RevisionNotFound" if match else "RepoNotFound"}
-            )
-        (sha, files), kind, folder = found, match[2], f"{match[4]}/" if match[4] else ""
-        if kind == "paths-info":
-            return self._json([_entry(p, files[p]) for p in asked or [] if p in files])
-        if kind == "tree":
-            return self._tree(folder, {p: d for p, d in files.items() if p.startswith(folder)})
-        siblings = [{"rfilename": p} for p in files]
-        self._json({"id": match[1], "sha": sha, "siblings": siblings, "tags": []})
+        self.server.log.append((self.command, path, self.headers.get("Range")))
+        kind, revision, name = match.groups() if (match := PATH.fullmatch(path)) else ("", "", "")
+        sha = [*self.server.commits][-1] if revision == "main" else revision
+        files = self.server.commits.get(sha, {})
+        if kind == "revision":
+            self._answer(200, json.dumps({"id": "me/pajama", "sha": sha, "tags": []}).encode())
+        elif kind == "tree":
+            self._answer(200, json.dumps(_listing(files, f"{name}/" if name else "")).encode())
+        elif kind == "resolve" and name in files:
+            self._send_file(sha, name, files[name])
+        else:
+            self._answer(404, **{"X-Error-Code": "EntryNotFound"})
 
-    def _tree(self, folder: str, files: dict[str, bytes]) -> None:
-        """List what lies in a folder: files, and folders one level down."""
-        if not files:
-            return self._answer(404, {"X-Error-Code": "EntryNotFound"})
-        below = {p[len(folder) :].split("/")[0] for p in files if "/" in p[len(folder) :]}
-        folders = [{"type": "directory", "path": folder + name, "oid": "0"} for name in below]
-        is_deep = "recursive=true" in self.path.lower()
-        listed = [p for p in files if is_deep or "/" not in p[len(folder) :]]
-        self._json(folders + [_entry(p, files[p]) for p in listed])
-
-    def _json(self, value: object) -> None:
-        self._answer(200, {"Content-Type": "application/json"}, json.dumps(value).encode())
-
-    def _answer(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
+    def _answer(self, status: int, data: bytes = b"", **headers: str) -> None:
         self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        self.wfile.write(body if self.command != "HEAD" else b"")
+        self.wfile.write(data if self.command == "GET" else b"")
 
-    def _file(self, repo: str, revision: str, path: str) -> None:
-        found = self.hub.find(repo, revision)
-        if not found or path not in found[1]:
-            code = "EntryNotFound" if found else "RevisionNotFound"
-            return self._answer(404, {"X-Error-Code": code})
-        sha, whole = found[0], found[1][path]
-        data = whole if self.command == "HEAD" else whole[: self.hub.cut_to.get(path, len(whole))]
-        headers = {"X-Repo-Commit": sha, "X-Linked-Size": str(len(whole)), "Accept-Ranges": "bytes"}
-        headers["ETag"] = f'"{hashlib.sha256(whole).hexdigest()}"'
+    def _send_file(self, sha: str, path: str, whole: bytes) -> None:
+        headers = {"X-Repo-Commit": sha, "ETag": _hash(whole)}
+        if self.command == "HEAD":
+            return self._answer(200, whole, **headers)
+        data = whole[: self.server.cut_to.get(path, len(whole))]
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if wanted:
             start, stop = int(wanted[1]), min(int(wanted[2] or len(data)) + 1, len(data))
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
             data = data[start:stop]
         headers["Content-Length"] = str(len(data))
-        is_dropped = self.command == "GET" and path in self.hub.drop_after
-        sent = data[: self.hub.drop_after.pop(path)] if is_dropped else data
-        self._answer(206 if wanted else 200, headers, sent)
-        if is_dropped:
-            self.wfile.flush()
-            self.close_connection = True
-            self.connection.close()
+        sent = data[: self.server.drop_after.pop(path, len(data))]
+        self._answer(206 if wanted else 200, sent, **headers)
+        self.close_connection = len(sent) < len(data)
 
 
-def _entry(path: str, data: bytes) -> dict:
-    oid = hashlib.sha1(data).hexdigest()
-    return {"type": "file", "path": path, "size": len(data), "oid": oid}
+def _listing(files: dict[str, bytes], folder: str) -> list[dict]:
+    """List what lies in a folder: files, and folders one level down."""
+    below = [path.removeprefix(folder) for path in files if path.startswith(folder)]
+    entries = {}
+    for path in below:
+        name = folder + path.split("/")[0]
+        kind = (
+            {"type": "file", "size": len(files[name])} if name in files else {"type": "directory"}
+        )
+        entries[name] = kind | {"path": name, "oid": _hash(name.encode())}
+    return [*entries.values()]
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
 
 
 def parquet(
@@ -159,7 +128,6 @@ def parquet(
     columns = {
         "text": pa.array(raw, pa.binary()).view(pa.string()),
         "meta": [{"redpajama_set_name": domain}] * len(texts),
-        "__index_level_0__": range(len(texts)),
     }
     buffer = io.BytesIO()
     pq.write_table(pa.table(columns), buffer, row_group_size=row_group_size)
@@ -169,11 +137,9 @@ def parquet(
 def texts(n: int, seed: int) -> list[str]:
     """Make n different documents of English-like words, code-like indents and other scripts."""
     random = Random(seed)
-    words = ["the", "model", "learns", "from", "text"]
-    words += ["\n\n", "\n    return", "naïve", "漢字", "42"]
-    return [
-        f"{seed}-{i} " + " ".join(random.choices(words, k=random.randint(5, 80))) for i in range(n)
-    ]
+    words = ["the", "model", "learns", "text", "\n\n", "\n    return", "naïve", "漢字", "42"]
+    drawn = [random.choices(words, k=random.randint(5, 80)) for _ in range(n)]
+    return [f"{seed}-{i} {' '.join(found)}" for i, found in enumerate(drawn)]
 
 
 def write(folder: Path, files: dict[str, bytes]) -> Path:
@@ -201,9 +167,5 @@ def layout(n_shards: int, n_documents: int) -> dict[str, bytes]:
         files[f"data/{split}-00000-of-00001-0123456789abcdef.parquet"] = parquet(texts(20, seed))
     counts = {"train": n_shards * n_documents, "validation": 20, "test": 20}
     splits = [{"name": s, "num_bytes": 1, "num_examples": n} for s, n in counts.items()]
-    meta = {"name": "meta", "struct": [{"name": "redpajama_set_name", "dtype": "string"}]}
-    columns = [{"name": "text", "dtype": "string"}, meta]
-    columns += [{"name": "__index_level_0__", "dtype": "int64"}]
-    info = {"features": columns, "splits": splits, "download_size": 1, "dataset_size": 1}
-    files["README.md"] = f"---\n{json.dumps({'dataset_info': info})}\n---\n".encode()
+    files["README.md"] = f"---\n{json.dumps({'dataset_info': {'splits': splits}})}\n---\n".encode()
     return files

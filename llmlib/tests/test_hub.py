@@ -1,7 +1,5 @@
 """The hub path end to end, against a server on localhost that speaks the hub's protocol."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -15,7 +13,7 @@ from llmlib import prepare, runs
 from llmlib.config import DataConfig
 from llmlib.tests import hub_server
 
-SETTINGS = {"tokenizer": "bpe", "bpe_vocab_size": 300, "test_size": 0.02}
+SETTINGS = {"corpus": "me/pajama", "tokenizer": "bpe", "bpe_vocab_size": 300, "test_size": 0.02}
 PREPARE = """
 import json, sys
 from pathlib import Path
@@ -50,8 +48,8 @@ def _prepare(hub: hub_server.Hub, tmp_path: Path, **settings: object) -> tuple[d
 
 def _assert_same_as_local(tmp_path: Path, files: dict[str, bytes], **settings: object) -> None:
     """Prepare the same files from a folder and compare all tokens byte for byte."""
-    local = hub_server.write(tmp_path / "local", files)
-    prepare.prepare(DataConfig(corpus=str(local), **(SETTINGS | settings)), tmp_path / "expected")
+    local = {"corpus": str(hub_server.write(tmp_path / "local", files))}
+    prepare.prepare(DataConfig(**SETTINGS | settings | local), tmp_path / "expected")
     there, here = (
         {path.name: path.read_bytes() for path in (tmp_path / folder).glob("*.bin")}
         for folder in ("tokens", "expected")
@@ -59,45 +57,30 @@ def _assert_same_as_local(tmp_path: Path, files: dict[str, bytes], **settings: o
     assert there == here
 
 
-def test_pinned_revision_fetches_only_the_shards_it_needs_and_resumes_a_dropped_connection(
-    hub: hub_server.Hub, tmp_path: Path
-) -> None:
+def test_damaged_shard_is_named_and_a_mended_server_completes_the_same_revision(hub, tmp_path):
     files = hub_server.layout(n_shards=5, n_documents=300)
-    pinned = hub.commit("me/pajama", files)
-    hub.commit("me/pajama", hub_server.layout(n_shards=1, n_documents=10))
-    names = [path for path in files if "train" in path]
-    hub.drop_after[names[1]] = 5000
-    source, _ = _prepare(hub, tmp_path, corpus="me/pajama", revision=pinned, n_tokens=30_000)
-    assert source["revision"] == pinned
-    assert {p for p in hub.downloads() if "train" in p} == set(names[:2])
-    ranges = [wanted for _, path, wanted in hub.log if path.endswith(names[1]) and wanted]
-    assert ranges == ["bytes=5000-"]
+    first, second, *others = [path for path in files if "train" in path]
+    newest = hub.commit(files)
+    hub.cut_to[second] = 3000
+    _, message = _prepare(hub, tmp_path, n_tokens=30_000)
+    assert f"ValueError: shard train-00001 (hf://datasets/me/pajama@{newest}/{second})" in message
+    assert "could not be read" in message
+    was_written = (tmp_path / "tokens" / "train-00000.bin").stat().st_mtime_ns
+
+    hub.commit(hub_server.layout(n_shards=1, n_documents=10))  # must not matter
+    hub.cut_to.clear()
+    hub.log.clear()
+    hub.drop_after[second] = 5000
+    source, _ = _prepare(hub, tmp_path, n_tokens=30_000)
+    assert source["revision"] == newest
+    assert (tmp_path / "tokens" / "train-00000.bin").stat().st_mtime_ns == was_written
+    assert not {first, *others} & {*hub.downloads()}  # the first is at hand, others not needed
+    ranges = [wanted for _, path, wanted in hub.log if path.endswith(second) and wanted]
+    assert ranges == ["bytes=5000-"]  # resumed where the connection dropped
     _assert_same_as_local(tmp_path, files, n_tokens=30_000)
 
 
-def test_shard_of_another_size_is_named_and_a_mended_server_completes(
-    hub: hub_server.Hub, tmp_path: Path
-) -> None:
-    files = hub_server.layout(n_shards=3, n_documents=100)
-    newest = hub.commit("me/pajama", files)
-    bad = next(path for path in files if "train-00001" in path)
-    hub.cut_to[bad] = 3000
-    _, message = _prepare(hub, tmp_path, corpus="me/pajama", n_tokens=15_000)
-    assert "ValueError: shard train-00001 (hf://datasets/me/pajama" in message
-    assert f"{bad}) could not be downloaded" in message
-    was_written = (tmp_path / "tokens" / "train-00000.bin").stat().st_mtime_ns
-
-    hub.cut_to.clear()
-    hub.log.clear()
-    hub.commit("me/pajama", hub_server.layout(n_shards=1, n_documents=10))  # must not matter
-    source, _ = _prepare(hub, tmp_path, corpus="me/pajama", n_tokens=15_000)
-    assert source["revision"] == newest
-    assert (tmp_path / "tokens" / "train-00000.bin").stat().st_mtime_ns == was_written
-    assert not any("train-00000" in path for path in hub.downloads())
-    _assert_same_as_local(tmp_path, files, n_tokens=15_000)
-
-
-def test_subset_of_a_data_set_is_counted_from_footers(hub: hub_server.Hub, tmp_path: Path) -> None:
+def test_subset_of_a_pinned_revision_is_counted_from_footers(hub, tmp_path):
     sample = {
         f"data/sample-10BT/{i:03d}_00000.parquet": hub_server.parquet(hub_server.texts(200, seed=i))
         for i in range(2)
@@ -108,16 +91,17 @@ def test_subset_of_a_data_set_is_counted_from_footers(hub: hub_server.Hub, tmp_p
         for n in ("full", "sample-10BT")
     ]
     readme = f"---\n{json.dumps({'configs': configs})}\n---\n".encode()
-    hub.commit("me/fineweb", sample | others | {"README.md": readme})
-    source, _ = _prepare(hub, tmp_path, corpus="me/fineweb", subset="sample-10BT")
-    assert source["n_documents"] == 400
+    pinned = hub.commit(sample | others | {"README.md": readme})
+    hub.commit(hub_server.layout(n_shards=1, n_documents=10))
+    source, _ = _prepare(hub, tmp_path, subset="sample-10BT", revision=pinned)
+    assert (source["revision"], source["n_documents"]) == (pinned, 400)
     assert not any("data/full" in path for path in hub.downloads())
     _assert_same_as_local(tmp_path, sample)
 
 
-def test_rows_of_a_csv_data_set_are_documents(hub: hub_server.Hub, tmp_path: Path) -> None:
+def test_rows_of_a_csv_data_set_are_documents(hub, tmp_path):
     rows = [f"line {i}, and\nanother" for i in range(100)]
     csv = "id,text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(rows))
-    hub.commit("me/csv", {"data/train.csv": csv.encode()})
-    _prepare(hub, tmp_path, corpus="me/csv")
+    hub.commit({"README.md": b"A table.", "data/train.csv": csv.encode()})
+    _prepare(hub, tmp_path)
     _assert_same_as_local(tmp_path, {"train.parquet": hub_server.parquet(rows)})
