@@ -5,18 +5,14 @@ settings; it is never a second copy of the step. A variant and ours live in one 
 the notebook's, and take turns, so that a machine that drifts is unfair to neither.
 """
 
-from __future__ import annotations
-
 import gc
 import os
 import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
-from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -103,19 +99,22 @@ class TimedStep:
         shape = (train.n_sequences, variant.model.seq_len + 1)
         tokens = torch.randint(variant.model.vocab_size, shape, device=device)
         self.batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        torch.set_float32_matmul_precision("high")
         step.keep_freed_memory()
         self.take(2)
 
     def take(self, n_steps: int) -> float:
-        """Take steps and return the mean time of one [s]; fp32 that was asked for is no TF32."""
-        train = self.variant.train
-        is_exact = train.dtype == "float32"
-        torch.set_float32_matmul_precision("highest" if is_exact else "high")
-        how = {"micro_batch": train.micro_batch, "grad_clip": train.grad_clip, "lr_factor": 1.0}
-        started = time.perf_counter()
+        """Take steps and return the mean time of one [s]."""
+        train, started = self.variant.train, time.perf_counter()
         for _ in range(n_steps):
             numbers = step.train_step(
-                self.model, self.optimizer, *self.batch, dtype=self.dtype, **how
+                self.model,
+                self.optimizer,
+                *self.batch,
+                micro_batch=train.micro_batch,
+                lr_factor=1.0,
+                grad_clip=train.grad_clip,
+                dtype=self.dtype,
             )
         numbers.tolist()  # waits for the device
         return (time.perf_counter() - started) / n_steps
@@ -127,7 +126,7 @@ def measure(variants: list[Variant], *, n_rounds: int, n_steps: int) -> pd.DataF
     The lowest and highest of five turns enclose the true median 15 times in 16. A variant that does
     not run, or whose memory ends, is a row with a note. Two are in memory at a time.
     """
-    return in_process(take_turns, variants, n_rounds, n_steps)
+    return in_process(_take_turns, variants, n_rounds, n_steps)
 
 
 def in_process(function: Callable, *arguments: Any) -> Any:
@@ -138,10 +137,9 @@ def in_process(function: Callable, *arguments: Any) -> Any:
         return process.submit(function, *arguments).result()
 
 
-def take_turns(variants: list[Variant], n_rounds: int, n_steps: int) -> pd.DataFrame:
-    """Do the work of ``measure`` in this process; the first is timed alone, too."""
+def _take_turns(variants: list[Variant], n_rounds: int, n_steps: int) -> pd.DataFrame:
     torch._dynamo.config.recompile_limit = 64  # variants are many graphs of the same code
-    ours, other = TimedStep(variants[0]), None
+    ours = TimedStep(variants[0])
     alone = [ours.take(n_steps) for _ in range(n_rounds)]
     rows = [_row(variants[0], alone, alone)]
     for variant in variants[1:]:
@@ -240,7 +238,8 @@ def tokenising_routes(config: DataConfig, n_repeats: int) -> pd.DataFrame:
     """
     routes = {"llmlib.prepare": _prepare, "datasets.map": _datasets_map}
     with TemporaryDirectory() as folder:
-        splits = in_process(_quietly, config, Path(folder))["splits"].values()
+        in_process(prepare.prepare, config, Path(folder))
+        splits = data.load_manifest(Path(folder))["splits"].values()
         rows = [
             (name, *in_process(route, config, Path(folder)))
             for _ in range(n_repeats)
@@ -254,17 +253,12 @@ def tokenising_routes(config: DataConfig, n_repeats: int) -> pd.DataFrame:
     return table.assign(times_usual_route=table.mb_per_s / table.mb_per_s.iloc[1])
 
 
-def _quietly(config: DataConfig, folder: Path) -> dict[str, Any]:
-    with redirect_stderr(StringIO()):  # no progress bar
-        return prepare.prepare(config, folder)
-
-
 def _prepare(config: DataConfig, done: Path) -> tuple[float, int]:
     """Return the seconds it takes, and the number of tokens."""
     with TemporaryDirectory() as folder:
         shutil.copy(done / "tokenizer.json", folder)
         started = time.perf_counter()
-        splits = _quietly(config, Path(folder))["splits"].values()
+        splits = prepare.prepare(config, Path(folder))["splits"].values()
         seconds = time.perf_counter() - started
     return seconds, sum(shard["n_tokens"] for shards in splits for shard in shards)
 
@@ -277,7 +271,7 @@ def _datasets_map(config: DataConfig, done: Path) -> tuple[float, int]:
     encoding, source = load_tokenizer(done / "tokenizer.json"), corpus.open_corpus(config)
     n_shards = len(data.load_manifest(done)["splits"]["train"])
     shards = sum(source.official.values(), source.train[:n_shards])
-    documents = (d for shard in shards for d in corpus.read_documents(corpus.fetch(shard)))
+    documents = (document for shard in shards for document in corpus.read_documents(shard))
 
     def encode(example: dict) -> dict:
         return {"ids": [*encoding.encode_ordinary(example["text"]), encoding.eot_token]}
@@ -288,7 +282,7 @@ def _datasets_map(config: DataConfig, done: Path) -> tuple[float, int]:
             cache_dir=folder,
             fingerprint="texts",
         )
-        started, path = time.perf_counter(), Path(folder) / "train.bin"
+        started, path = time.perf_counter(), Path(folder, "train.bin")
         table = table.map(encode, remove_columns=["text"], num_proc=runs.n_cores())
         with open(path, "wb") as file:
             for rows in table.with_format("numpy").iter(1024):
