@@ -183,7 +183,6 @@ class Scale:
     data: DataConfig
     model: ModelConfig
     train: TrainConfig
-    minutes: tuple[float, ...] = ()  # expected of each notebook, in order
 
 
 SCALES = {
@@ -213,7 +212,6 @@ SCALES = {
             checkpoint_minutes=0.5,
             **recipe("winner2024", "laptop"),
         ),
-        minutes=(0.7, 1.8, 1.8, 1.8, 3.5, 0.2),
     ),
     "a100": Scale(DataConfig(), ModelConfig(), TrainConfig(**recipe("winner2024", "a100"))),
 }
