@@ -32,11 +32,10 @@ def snapshot(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[
         for index, values in optimizer.state_dict()["state"].items()
         for name, value in values.items()
     }
-    weights, state = (
+    return tuple(
         {name: t.to("cpu", copy=True) for name, t in tensors.items()}
         for tensors in (model.state_dict(), state)
     )
-    return weights, state
 
 
 def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> dict[str, Any]:
