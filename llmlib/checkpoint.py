@@ -104,8 +104,7 @@ class Saver:
     """Write checkpoints in the background, one at a time."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self.pool = ThreadPoolExecutor(1)
+        self.folder, self.pool = folder, ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
     def save(

@@ -217,12 +217,11 @@ def test_gauss_newton_bartlett_estimate_is_right_on_average():
         optimizer.state[model.weight]["step"] = i  # other labels each time
         optimizer.estimate_hessian(model, torch.arange(n)[:, None])
         mean += optimizer.state[model.weight]["hessian"] / n_draws
-    hessian = (
-        torch.autograd.functional.hessian(  # of a loss linear up to the softmax: Gauss-Newton's
-            lambda w: F.cross_entropy(model.features @ w.t(), torch.zeros(n, dtype=torch.long)),
-            model.weight.detach(),
-        )
-    )
+
+    def loss(weight):  # linear up to the softmax, so its Hessian is Gauss-Newton's
+        return F.cross_entropy(model.features @ weight.t(), torch.zeros(n, dtype=torch.long))
+
+    hessian = torch.autograd.functional.hessian(loss, model.weight.detach())
     exact = hessian.flatten(2).flatten(0, 1).diag().view(5, 4)
     torch.testing.assert_close(mean, exact, rtol=0, atol=0.1 * exact.max().item())
     assert mean.sum().item() == pytest.approx(exact.sum().item(), rel=0.04)
