@@ -27,7 +27,7 @@ from torch.utils import benchmark
 from llmlib import corpus, data, prepare, runs, step
 from llmlib.config import DataConfig, ModelConfig, TrainConfig, resize, with_micro_batch
 from llmlib.inference import hf_model
-from llmlib.model import RMSNorm, build_model
+from llmlib.model import build_model
 from llmlib.optim import build_optimizer
 from llmlib.sizing import count_params, flops_per_token
 from llmlib.tokenizer import load_tokenizer
@@ -82,7 +82,7 @@ def build_variant(variant: Variant) -> nn.Module:
     model = build_model(variant.model)
     for parent in list(model.modules()):
         for name, norm in parent.named_children():
-            if variant.change == "LayerNorm" and isinstance(norm, RMSNorm):
+            if variant.change == "LayerNorm" and isinstance(norm, nn.RMSNorm):
                 setattr(parent, name, nn.LayerNorm(len(norm.weight), norm.eps, bias=False))
     return model
 

@@ -5,8 +5,6 @@ checkpoints, and work that a crash threw away. Preparing data, starting the proc
 evaluation do not, nor does the time between a crash and the restart.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from time import monotonic
 
@@ -14,7 +12,6 @@ from llmlib.config import TrainConfig
 
 KINDS = ("training", "compile", "validation", "checkpoint", "lost")
 N_RECENT = 50  # steps that the estimate of the next one rests on
-N_FOR_SPREAD = 20  # steps before their spread is believed: few follow the outlier
 ALMOST = 1 - 1e-6  # the most that a step before the last can be
 
 
@@ -27,8 +24,7 @@ class Ledger:
 
     def start(self) -> None:
         """Begin counting now; what came before this moment is not the budget's."""
-        self._before = sum(self.seconds.values())
-        self._first = self._last = monotonic()
+        self._last = monotonic()
 
     def book(self, kind: str) -> float:
         """Book the time since the last booking to one kind and return it [s]."""
@@ -45,7 +41,7 @@ class Ledger:
     @property
     def total(self) -> float:
         """Seconds spent up to this moment, booked or not."""
-        return self._before + monotonic() - self._first
+        return sum(self.seconds.values()) + monotonic() - self._last
 
 
 class Budget:
@@ -69,18 +65,9 @@ class Budget:
 
     @property
     def step_seconds(self) -> float:
-        """What the next step will hardly exceed [s], 0 while nothing is known.
-
-        The median of few steps, unmoved by a lone slow one; of many, nine in ten stay below it.
-        """
+        """What nine in ten steps stay below [s], up to two medians; 0 while nothing is known."""
         recent = sorted(self._recent) or [0.0]
-        share = 0.5 if len(recent) < N_FOR_SPREAD else 0.9
-        return min(recent[int(share * len(recent))], 2 * recent[len(recent) // 2])
-
-    @property
-    def slow_seconds(self) -> float:
-        """What a step before the last may take [s]: the slowest recent one, up to three medians."""
-        return min(max(self._recent, default=0.0), 3 * self.step_seconds)
+        return min(recent[int(0.9 * len(recent))], 2 * recent[len(recent) // 2])
 
     def fits(self, ledger: Ledger, seconds: float, n_under_way: int = 0) -> bool:
         """Say whether other work of this length still leaves room for one more step.
@@ -107,15 +94,17 @@ class Budget:
         progress: it would swallow the warm-up of a short run.
         """
         if self.n_steps is not None:
-            if step >= self.n_steps:
+            last = self.n_steps - 1
+            if step > last:
                 return None
-            return 1.0 if step == self.n_steps - 1 else step / (self.n_steps - 1)
+            return step / last if last else 1.0
         one, compiling = self.step_seconds, ledger.seconds["compile"]
+        slow = min(max(self._recent, default=0.0), 3 * one)
         spent = ledger.total + n_under_way * one
         left = self.seconds - spent
         if left < one or left <= 0:
             return None if before == 1.0 or step == 1 else 1.0
-        if left < one + self.slow_seconds or before == 1.0:
+        if left < one + slow or before == 1.0:
             return 1.0
         progress = (spent - compiling) / max(self.seconds - compiling - one, one)
         return min(max(progress, 0.0), ALMOST) if step else 0.0

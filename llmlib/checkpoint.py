@@ -5,8 +5,6 @@ A checkpoint is a folder ``checkpoints/<step>`` with ``weights.safetensors``,
 one whose hashes agree is used. Saving copies the tensors and writes them in the background.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -14,6 +12,7 @@ import shutil
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -22,47 +21,38 @@ from safetensors.torch import load_file, save_file
 from llmlib import runs
 
 N_KEEP = 2  # newest ones
+FILES = ("weights.safetensors", "optimizer.safetensors")
 Tensors = dict[str, torch.Tensor]
 
 
 def snapshot(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Tensors, Tensors]:
-    """Copy weights, optimizer state and RNGs to the CPU, where training cannot change them."""
-    weights = {name: _copy(t) for name, t in model.state_dict().items()}
+    """Copy weights and optimizer state to the CPU, where training cannot change them."""
     state = {
-        f"{index}.{name}": _copy(torch.as_tensor(value))
+        f"{index}.{name}": torch.as_tensor(value)
         for index, values in optimizer.state_dict()["state"].items()
         for name, value in values.items()
     }
-    state["rng"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        state["rng_cuda"] = torch.cuda.get_rng_state()
-    return weights, state
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    return tuple(
+        {name: t.to("cpu", copy=True) for name, t in tensors.items()}
+        for tensors in (model.state_dict(), state)
+    )
 
 
 def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> dict[str, Any]:
     """Load a checkpoint into a model and its optimizer and return its state."""
-    model.load_state_dict(load_file(path / "weights.safetensors"))
-    tensors = load_file(path / "optimizer.safetensors")
-    torch.set_rng_state(tensors.pop("rng"))
-    rng_cuda = tensors.pop("rng_cuda", None)
-    if rng_cuda is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng_cuda)
+    weights, tensors = (load_file(path / name) for name in FILES)
+    model.load_state_dict(weights)
     state: dict[int, Tensors] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = tensor
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
     return runs.read_json(path / "state.json")["state"]
 
 
 def newest_valid(folder: Path) -> Path | None:
     """Find the newest checkpoint whose files agree with their hashes; warn about the others."""
-    for path in reversed(all_checkpoints(folder)):
+    for path in sorted(folder.glob("[0-9]*"), reverse=True):
         try:
             record = runs.read_json(path / "state.json")
             if _hashes(path, record["state"]) == record["sha256"]:
@@ -76,42 +66,33 @@ def newest_valid(folder: Path) -> Path | None:
 
 def _hashes(path: Path, state: dict[str, Any]) -> dict[str, str]:
     hashes = {"state": hashlib.sha256(json.dumps(state).encode()).hexdigest()}
-    for name in ("weights.safetensors", "optimizer.safetensors"):
+    for name in FILES:
         with open(path / name, "rb") as file:
             hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return hashes
 
 
-def all_checkpoints(folder: Path) -> list[Path]:
-    """List finished checkpoints by step."""
-    return sorted((p for p in folder.glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
-
-
-def write(folder: Path, weights: Tensors, optimizer: Tensors, state: dict[str, Any]) -> Path:
-    """Write one checkpoint under a temporary name, sync it, rename it, and drop older ones."""
+def write(folder: Path, weights: Tensors, optimizer: Tensors, state: dict[str, Any]) -> None:
+    """Write one checkpoint aside, sync it, rename it, and drop older ones."""
     final = folder / f"{state['step']:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        for name, tensors in (("weights", weights), ("optimizer", optimizer)):
-            save_file(tensors, temporary / f"{name}.safetensors")
-            sync(temporary / f"{name}.safetensors")
-        record = {"state": state, "sha256": _hashes(temporary, state)}
-        runs.write_json(temporary / "state.json", record)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    if final.exists():  # the same step, saved before
-        os.replace(final, folder / f".{final.name}.old.tmp")
-    os.replace(temporary, final)
-    sync(folder)
-    for path in [*folder.glob(".*.tmp"), *all_checkpoints(folder)[:-N_KEEP]]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=".") as scratch:
+        aside = Path(scratch, "new")
+        aside.mkdir()
+        for name, tensors in zip(FILES, (weights, optimizer), strict=True):
+            save_file(tensors, aside / name)
+            sync(aside / name)
+        runs.write_json(aside / "state.json", {"state": state, "sha256": _hashes(aside, state)})
+        if final.exists():  # the same step, saved before
+            os.replace(final, Path(scratch, "old"))
+        os.replace(aside, final)
+        sync(folder)
+    for path in [*folder.glob(".*"), *sorted(folder.glob("[0-9]*"))[:-N_KEEP]]:
         shutil.rmtree(path, ignore_errors=True)
-    return final
 
 
 def sync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -123,8 +104,7 @@ class Saver:
     """Write checkpoints in the background, one at a time."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
-        self.pool = ThreadPoolExecutor(1)
+        self.folder, self.pool = folder, ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
     def save(

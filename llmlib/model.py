@@ -1,4 +1,4 @@
-"""The compiled Llama, top-down, and the organisers' GPT-2 baseline beside it.
+"""The compiled Llama, and the organisers' GPT-2 baseline beside it.
 
 A model maps tokens (B, T) to logits (B, T, V), or straight to the mean cross-entropy [nats/token]
 when it is given targets. Llama's module names are those of Hugging Face's LlamaForCausalLM, and RoPE
@@ -6,8 +6,6 @@ pairs features half a head apart as it does, so that weights move without permut
 static and RoPE is real-valued: it compiles without graph breaks. Llama: arXiv:2302.13971; RoPE:
 arXiv:2104.09864; SwiGLU: arXiv:2002.05202; RMSNorm: arXiv:1910.07467.
 """
-
-from __future__ import annotations
 
 import math
 
@@ -18,8 +16,23 @@ from torch import Tensor, nn
 
 from llmlib.config import ModelConfig
 
-LOGITS_AT_ONCE = {"cpu": 2**25}  # in memory: little more than a CPU's caches hold
-LOGITS_ON_DEVICE = 2**29
+LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**29}  # in memory; a CPU's caches hold hardly more
+
+
+class Cache:
+    """Keys and values (2, 1, H, T, d_head) of the T tokens that one layer has read."""
+
+    def __init__(self, config: ModelConfig, like: Tensor):
+        self.pair = like.new_empty(2, 1, config.n_head, 0, config.d_head)
+
+    @property
+    def n_tokens(self) -> int:
+        return self.pair.size(3)
+
+    def extend(self, k: Tensor, v: Tensor) -> Tensor:
+        """Append keys and values (1, H, T, d_head); return those of all tokens read."""
+        self.pair = torch.cat((self.pair, torch.stack((k, v))), dim=3)
+        return self.pair
 
 
 class LanguageModel(nn.Module):
@@ -30,29 +43,28 @@ class LanguageModel(nn.Module):
         self.config, is_llama = config, config.arch == "llama"
         self.embed_tokens = nn.Embedding(config.vocab_size, config.d_model)
         if is_llama:
-            cos, sin = rope_tables(config.seq_len, config.d_head, config.rope_theta)
-            self.register_buffer("cos", cos, persistent=False)
-            self.register_buffer("sin", sin, persistent=False)
+            table = rope_table(config.seq_len, config.d_head, config.rope_theta)
+            self.register_buffer("rope", table, persistent=False)
         else:
             self.embed_positions = nn.Embedding(config.seq_len, config.d_model)
         block = LlamaBlock if is_llama else GPT2Block
         self.layers = nn.ModuleList(block(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.d_model, config.norm_eps) if is_llama else layer_norm(config)
+        self.norm = new_norm(config)
 
     def hidden(self, tokens: Tensor, caches: list[Cache] | None = None) -> Tensor:
         """Map tokens (B, T) to the normalised last hidden state (B, T, d_model).
 
-        With caches, the tokens follow those read before, and join them.
+        With caches (B = 1), the tokens follow those read before, and join them.
         """
         start = caches[0].n_tokens if caches else 0
         here = slice(start, start + tokens.size(1))
-        x, rope = self.embed_tokens(tokens), ()
+        x, rope = self.embed_tokens(tokens), None
         if self.config.arch == "llama":
-            rope = (self.cos[here], self.sin[here])
+            rope = self.rope[:, here]
         else:
             x = x + self.embed_positions.weight[here]
         for i, layer in enumerate(self.layers):
-            x = layer(x, *rope, cache=caches and caches[i])
+            x = layer(x, rope, caches and caches[i])
         return self.norm(x)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
@@ -62,17 +74,6 @@ class LanguageModel(nn.Module):
             return F.linear(hidden, head)
         return LinearCrossEntropy.apply(hidden.flatten(0, 1), head, targets.flatten())
 
-    def score(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum the loss [nats] and count right guesses over (B, T), without all logits at once."""
-        hidden, head = self.hidden(tokens).flatten(0, 1), self.embed_tokens.weight
-        rows = hidden.split(n_rows(head)), targets.flatten().split(n_rows(head))
-        losses, n_correct = [], []
-        for x, y in zip(*rows, strict=True):
-            logits = F.linear(x, head).float()
-            losses.append(F.cross_entropy(logits, y, reduction="sum"))
-            n_correct.append((logits.argmax(-1) == y).sum())
-        return torch.stack(losses).sum(), torch.stack(n_correct).sum()
-
     def next_logits(self, tokens: Tensor, caches: list[Cache]) -> Tensor:
         """Read tokens (B, T) after those in the caches; return the logits (B, V) of the next."""
         return F.linear(self.hidden(tokens, caches)[:, -1], self.embed_tokens.weight)
@@ -80,12 +81,6 @@ class LanguageModel(nn.Module):
     def new_caches(self) -> list[Cache]:
         """Make one empty cache per layer, for a model that writes text."""
         return [Cache(self.config, self.embed_tokens.weight) for _ in self.layers]
-
-
-def n_rows(head: Tensor) -> int:
-    """Choose a power of two of rows whose logits (rows, V) are handled together."""
-    limit = LOGITS_AT_ONCE.get(head.device.type, LOGITS_ON_DEVICE)
-    return 2 ** int(math.log2(max(limit // len(head), 1)))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -98,13 +93,14 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        device, n, rows = hidden.device.type, len(hidden), n_rows(head)
+        device, n = hidden.device.type, len(hidden)
         is_mixed = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_mixed else head.dtype
+        n_rows = 2 ** int(math.log2(max(LOGITS_AT_ONCE[device] // len(head), 1)))
         with torch.autocast(device, enabled=False):
             low_head = head.to(dtype)
             losses, d_hidden, d_head = [], [], 0.0
-            for x, y in zip(hidden.to(dtype).split(rows), targets.split(rows), strict=True):
+            for x, y in zip(hidden.to(dtype).split(n_rows), targets.split(n_rows), strict=True):
                 logits = (x @ low_head.t()).float()
                 log_z = logits.logsumexp(-1, keepdim=True)
                 losses.append((log_z - logits.gather(1, y[:, None])).sum())
@@ -121,19 +117,24 @@ class LinearCrossEntropy(torch.autograd.Function):
         return d_loss * d_hidden, d_loss * d_head, None
 
 
-class Cache:
-    """Keys and values of the tokens that one layer has read; room for one context (B = 1)."""
+def new_norm(config: ModelConfig) -> nn.Module:
+    """Build RMSNorm for Llama, LayerNorm without bias for GPT-2; their input is fp32."""
+    if config.arch == "llama":
+        return nn.RMSNorm(config.d_model, config.norm_eps)
+    return nn.LayerNorm(config.d_model, config.norm_eps, bias=False)
 
-    def __init__(self, config: ModelConfig, like: Tensor):
-        self.pair = like.new_zeros(2, 1, config.n_head, config.seq_len, config.d_head)
-        self.n_tokens = 0
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values (1, H, T, d_head); return those of all tokens read."""
-        start, self.n_tokens = self.n_tokens, self.n_tokens + k.size(2)
-        self.pair[:, :, :, start : self.n_tokens] = torch.stack((k, v))
-        k, v = self.pair[:, :, :, : self.n_tokens]
-        return k, v
+def rope_table(seq_len: int, d_head: int, theta: float) -> Tensor:
+    """Cosines and sines of position times frequency (2, seq_len, d_head / 2), fp32."""
+    frequency = theta ** -(torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequency)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn feature pairs (i, i + d_head / 2) of x (B, H, T, d_head) by their position's angle."""
+    (a, b), (cos, sin) = x.chunk(2, dim=-1), rope
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None) -> Tensor:
@@ -146,19 +147,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
 
 
-class LlamaBlock(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.input_layernorm = RMSNorm(config.d_model, config.norm_eps)
-        self.self_attn = LlamaAttention(config)
-        self.post_attention_layernorm = RMSNorm(config.d_model, config.norm_eps)
-        self.mlp = SwiGLU(config)
-
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
-
-
 class LlamaAttention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -166,12 +154,12 @@ class LlamaAttention(nn.Module):
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(self, name, nn.Linear(config.d_model, config.d_model, bias=False))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor, cache: Cache | None) -> Tensor:
         q, k, v = (
             rearrange(proj(x), "b t (h d) -> b h t d", h=self.n_head)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
-        y = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, cache)
+        y = attend(rotate(q, rope), rotate(k, rope), v, cache)
         return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
 
 
@@ -186,73 +174,51 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with fp32 statistics: bf16 has too few digits to average squares."""
-
-    def __init__(self, d_model: int, eps: float):
+class LlamaBlock(nn.Module):
+    def __init__(self, config: ModelConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(d_model))
-        self.eps = eps
+        self.input_layernorm = new_norm(config)
+        self.self_attn = LlamaAttention(config)
+        self.post_attention_layernorm = new_norm(config)
+        self.mlp = SwiGLU(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        scale = torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return (x32 * scale).type_as(x) * self.weight
-
-
-def rope_tables(seq_len: int, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of position times frequency, each (seq_len, d_head / 2), fp32."""
-    frequency = theta ** -(torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
-    angle = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequency)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn feature pairs (i, i + d_head / 2) of x (B, H, T, d_head) by their position's angle."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+    def forward(self, x: Tensor, rope: Tensor, cache: Cache | None) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
 
 
 class GPT2Block(nn.Module):
-    """A block of the organisers' baseline: LayerNorm, GELU, no biases."""
+    """A block of the organisers' baseline: LayerNorm, GELU, no biases, no RoPE."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         d, self.n_head = config.d_model, config.n_head
-        self.ln_1, self.ln_2 = layer_norm(config), layer_norm(config)
+        self.ln_1, self.ln_2 = new_norm(config), new_norm(config)
         self.qkv_proj = nn.Linear(d, 3 * d, bias=False)
         self.o_proj = nn.Linear(d, d, bias=False)
         self.up_proj = nn.Linear(d, config.d_ff, bias=False)
         self.down_proj = nn.Linear(config.d_ff, d, bias=False)
 
-    def forward(self, x: Tensor, cache: Cache | None) -> Tensor:
+    def forward(self, x: Tensor, _: None, cache: Cache | None) -> Tensor:
         qkv = self.qkv_proj(self.ln_1(x))
         q, k, v = rearrange(qkv, "b t (three h d) -> three b h t d", three=3, h=self.n_head)
         x = x + self.o_proj(rearrange(attend(q, k, v, cache), "b h t d -> b t (h d)"))
         return x + self.down_proj(F.gelu(self.up_proj(self.ln_2(x)), approximate="tanh"))
 
 
-def layer_norm(config: ModelConfig) -> nn.LayerNorm:
-    return nn.LayerNorm(config.d_model, config.norm_eps, bias=False)
-
-
 @torch.no_grad()
-def init_weights(model: LanguageModel, zero_init: bool) -> None:
-    """Draw matrices from N(0, 0.02), as GPT-2 does, in the order of their names.
-
-    Those that write to the residual stream get 0.02/sqrt(2 n_layer), or zero with ``zero_init``.
-    """
-    std_residual = 0.0 if zero_init else 0.02 / math.sqrt(2 * model.config.n_layer)
-    for name, param in model.named_parameters():
-        if param.dim() >= 2:
-            is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-            param.normal_(0.0, std_residual if is_residual else 0.02)
-
-
 def build_model(config: ModelConfig, *, seed: int = 0, zero_init: bool = False) -> LanguageModel:
-    """Build and initialise a model on the CPU in fp32; the same seed gives the same weights."""
+    """Build a model on the CPU in fp32; the same seed gives the same weights.
+
+    Matrices are drawn from N(0, 0.02), as GPT-2's, in the order of their names. Those that write to
+    the residual stream get 0.02/sqrt(2 n_layer), or zero with ``zero_init``.
+    """
+    std_residual = 0.0 if zero_init else 0.02 / math.sqrt(2 * config.n_layer)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LanguageModel(config)
-        init_weights(model, zero_init)
+        for name, param in model.named_parameters():
+            if param.dim() >= 2:
+                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                param.normal_(0.0, std_residual if is_residual else 0.02)
     return model

@@ -4,8 +4,6 @@ Progress is the share of the budget that is done, whatever the budget counts (se
 steps); ``budget`` owns the clock. The first step has progress 0, the last one exactly 1.
 """
 
-from __future__ import annotations
-
 import math
 
 from llmlib.config import TrainConfig
@@ -23,20 +21,18 @@ def lr_factor(config: TrainConfig, progress: float) -> float:
     (arXiv:1608.03983), linear linearly (arXiv:2502.15938), wsd stays at the peak until the last
     ``cooldown`` (arXiv:2405.18392).
     """
-    progress, final = min(max(progress, 0.0), 1.0), config.final_lr
+    progress, start = min(max(progress, 0.0), 1.0), config.warmup
     if config.schedule == "one_cycle_unfinished":
         progress *= SHARE_THAT_FITTED
-    if progress < config.warmup:
-        share = progress / config.warmup
+    if progress < start:
         is_cosine = config.schedule.startswith("one_cycle")
-        return _cosine(FIRST, 1.0, share) if is_cosine else max(share, FIRST)
+        return _cosine(FIRST, 1.0, progress / start) if is_cosine else max(progress / start, FIRST)
+    if config.schedule == "wsd":
+        start = max(start, 1 - config.cooldown)
+    fallen = (progress - start) / (1 - start) if progress > start else 0.0
     if config.schedule in ("linear", "wsd"):
-        start = config.warmup
-        if config.schedule == "wsd":
-            start = max(start, 1 - config.cooldown)
-        fallen = (progress - start) / (1 - start) if progress > start else 0.0
-        return 1.0 + (final - 1.0) * fallen
-    return _cosine(1.0, final, (progress - config.warmup) / (1 - config.warmup))
+        return 1.0 + (config.final_lr - 1.0) * fallen
+    return _cosine(1.0, config.final_lr, fallen)
 
 
 def _cosine(start: float, end: float, share: float) -> float:

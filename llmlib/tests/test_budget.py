@@ -13,11 +13,7 @@ from llmlib.config import TrainConfig
 class Time:
     """A clock that stands still until it is told otherwise."""
 
-    def __init__(self):
-        self.now = 1000.0
-
-    def __call__(self):
-        return self.now
+    now = 1000.0
 
     def pass_(self, seconds):
         self.now += seconds
@@ -26,7 +22,7 @@ class Time:
 @pytest.fixture
 def time(monkeypatch):
     time = Time()
-    monkeypatch.setattr(budget_room, "monotonic", time)
+    monkeypatch.setattr(budget_room, "monotonic", lambda: time.now)
     return time
 
 
@@ -36,36 +32,28 @@ def seconds_budget(seconds):
 
 def spend(time, budget, step_seconds, ledger=None):
     """Take steps until the budget says stop; return the progress of each and the ledger."""
-    ledger = ledger or Ledger()
-    steps = []
-    before = 0.0
-    while (progress := budget.next_progress(len(steps), ledger, before=before)) is not None:
+    ledger, steps, progress = ledger or Ledger(), [], 0.0
+    while (progress := budget.next_progress(len(steps), ledger, before=progress)) is not None:
         time.pass_(next(step_seconds))
         budget.observe(ledger.book("training"))
         steps.append(progress)
-        before = progress
     return steps, ledger
 
 
-def test_kinds_sum_to_the_time_from_first_step_to_last(time):
+def test_kinds_sum_to_the_time_from_first_step_to_last_without_the_pause(time):
     ledger = Ledger()
     time.pass_(50)  # before the first step
     ledger.start()
     for i, kind in enumerate(KINDS * 3):
         time.pass_(0.5 + i)
         assert ledger.book(kind) == 0.5 + i
-    assert sum(ledger.seconds.values()) == ledger.total == time.now - 1050
-
-
-def test_resumed_ledger_goes_on_and_the_pause_does_not_count(time):
-    ledger = Ledger()
-    time.pass_(7)
-    ledger.book("training")
-    time.pass_(1000)
+    spent = time.now - 1050
+    assert sum(ledger.seconds.values()) == ledger.total == spent
+    time.pass_(1000)  # until the restart
     resumed = Ledger(ledger.seconds)
     time.pass_(2)
-    resumed.book("training")
-    assert resumed.total == resumed.seconds["training"] == 9
+    assert resumed.total == spent + 2
+    assert resumed.book("lost") == 2 and sum(resumed.seconds.values()) == resumed.total
 
 
 @pytest.mark.parametrize("seconds", [10.0, 10.5, 99.99, 1234.5])
@@ -76,16 +64,6 @@ def test_last_step_ends_by_the_deadline_and_at_most_one_step_early(time, seconds
     assert steps[0] == 0 and steps[-1] == 1.0 and steps.count(1.0) <= 2
     steps = [p for p in steps if p < 1]
     assert all(a < b for a, b in itertools.pairwise(steps))
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_steps_that_vary_by_three_percent_meet_the_deadline_too(time, seed):
-    rng = np.random.default_rng(seed)
-    seconds = (float(s) for s in iter(lambda: rng.normal(1.2, 0.036), None))
-    taken, ledger = spend(time, seconds_budget(200.0), seconds)
-    assert 200 - 1.25 * 1.2 <= ledger.total <= 200.05
-    assert taken[-1] == 1.0 and taken.count(1.0) <= 3
-    assert taken == sorted(taken)
 
 
 def test_one_slow_step_does_not_end_the_run_early(time):
@@ -114,25 +92,21 @@ def test_deadline_is_met_whatever_is_slow(time, lag):
         budget, ledger = seconds_budget(seconds), Ledger()
         time.pass_(compiling := rng.uniform(0, 0.4) * seconds)
         ledger.book("compile")
-        progress, n, excess, work_excess = 0.0, 0, [0.0], 0.0
-        while True:
-            nxt = budget.next_progress(n, ledger, before=progress)
-            if nxt is None:
-                break
+        progress, n, excess, late = 0.0, 0, [0.0], 0.0
+        while (after := budget.next_progress(n, ledger, before=progress)) is not None:
             took = one * rng.lognormal(0, 0.05) * (rng.uniform(2, 6) if rng.random() < 0.02 else 1)
             excess.append(max(0.0, took - (budget.step_seconds or took)))
             time.pass_(took)
             budget.observe(ledger.book("training"))
-            n, progress = n + 1, nxt
+            n, progress = n + 1, after
             work = one * rng.uniform(0, 5)  # a validation or a save
             if rng.random() < 0.1 and progress < 1 and budget.fits(ledger, work, lag):
                 late = work * rng.uniform(0, 0.5)
-                work_excess = late
                 time.pass_(work + late)
                 ledger.book("validation")
         assert progress == 1.0, seed
         over = ledger.total - seconds
-        assert over <= excess[-1] + excess[-2] + work_excess + 1e-9, (seed, over, excess[-3:])
+        assert over <= excess[-1] + excess[-2] + late + 1e-9, (seed, over, excess[-3:])
         assert -over <= 2 * max(one, budget.step_seconds) * 1.2, (seed, over, one)
         assert ledger.seconds["compile"] == pytest.approx(compiling)
 

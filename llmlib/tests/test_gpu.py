@@ -1,7 +1,5 @@
 """What only a CUDA device can show: kernels, precision, memory, and a host that never waits."""
 
-from __future__ import annotations
-
 import copy
 import gc
 
@@ -27,16 +25,22 @@ MODELS = {"llama": LLAMA, "gpt2": resize(LLAMA, arch="gpt2")}
 SMOKE = SCALES["smoke"]
 
 
+def empty_device():
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
 @pytest.fixture(autouse=True)
 def clean():
     """Every test begins with an empty device and full fp32 products, and leaves them behind."""
     torch.set_float32_matmul_precision("highest")
+    empty_device()
     yield
     torch.set_float32_matmul_precision("highest")
     torch.cuda.set_sync_debug_mode("default")
     torch.compiler.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
+    empty_device()
 
 
 def setup(optimizer="adamw", arch="llama"):
@@ -55,15 +59,10 @@ def take_steps(model, optimizer, inputs, targets, n, dtype=BF16):
 
 @pytest.mark.parametrize("arch", MODELS)
 def test_model_compiles_to_one_graph_once(arch):
-    from torch._dynamo.utils import counters
-
     model, optimizer, *batch = setup(arch=arch)
-    counters.clear()
-    fast = compile_model(model, CUDA)
+    fast = compile_model(model, CUDA)  # a graph break would be an error
     assert fast is not model
-    take_steps(fast, optimizer, *batch, n=2)
-    assert counters["stats"]["unique_graphs"] == 1
-    assert not counters["graph_break"]
+    take_steps(fast, optimizer, *batch, n=1)
     with torch.compiler.set_stance("fail_on_recompile"):
         take_steps(fast, optimizer, *batch, n=2)
 
@@ -135,9 +134,7 @@ def test_resumed_run_matches_uninterrupted_run(make_run, optimizer):
 
 def test_running_out_of_memory_halves_the_micro_batch(make_run):
     def train(micro_batch):
-        gc.collect()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+        empty_device()
         shape = {"budget_steps": 3, "grad_accum": 1, "n_evals": 1, "micro_batch": micro_batch}
         run = make_run(override(SMOKE.train, **shape))
         return run, Trainer(run).run(), torch.cuda.max_memory_reserved()
@@ -147,8 +144,7 @@ def test_running_out_of_memory_halves_the_micro_batch(make_run):
     assert full > 1.5 * half
     total = torch.cuda.get_device_properties(CUDA).total_memory
     try:
-        gc.collect()
-        torch.cuda.empty_cache()
+        empty_device()
         torch.cuda.set_per_process_memory_fraction((half + full) / 2 / total)
         short, result, _ = train(2048)
     finally:
@@ -161,6 +157,5 @@ def test_running_out_of_memory_halves_the_micro_batch(make_run):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a100_step_fits_a_card_of_24_gb(optimizer):
     train = override(SCALES["a100"].train, micro_batch=32, grad_accum=2, optimizer=optimizer)
-    torch.cuda.reset_peak_memory_stats()
     assert TimedStep(Variant("ours", SCALES["a100"].model, train)).take(2) > 0
     assert torch.cuda.max_memory_reserved() < 24e9

@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from torch import nn
 
 from llmlib.config import llama_config, resize
-from llmlib.model import LOGITS_AT_ONCE, build_model, rope_tables, rotate
+from llmlib.model import LOGITS_AT_ONCE, build_model, rope_table, rotate
 
 LLAMA = llama_config(3, 64, d_head=16, vocab_size=320, seq_len=48)
 GPT2 = resize(LLAMA, arch="gpt2")
@@ -126,8 +127,8 @@ def test_real_rope_equals_the_complex_formulation():
         torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency),
     )
     expected = torch.cat((turned.real, turned.imag), dim=-1)
-    cos, sin = rope_tables(seq_len, d_head, 10_000.0)
-    assert torch.allclose(rotate(x, cos.double(), sin.double()), expected, atol=1e-5)
+    rope = rope_table(seq_len, d_head, 10_000.0)
+    assert torch.allclose(rotate(x, rope.double()), expected, atol=1e-5)
 
 
 @torch.no_grad()
@@ -149,24 +150,6 @@ def test_reading_piece_by_piece_gives_the_logits_of_reading_at_once(model, token
         n_read += n
         assert torch.allclose(logits[0], at_once[n_read - 1], atol=1e-4)
     assert n_read == model.config.seq_len
-
-
-@torch.no_grad()
-def test_loss_is_the_mean_cross_entropy_of_the_logits(model, tokens):
-    targets = tokens.roll(-1, 1)
-    chances = torch.log_softmax(model(tokens), -1).gather(-1, targets[..., None])
-    assert model(tokens, targets).item() == pytest.approx(-chances.mean().item(), rel=1e-5)
-
-
-@pytest.mark.parametrize("n_rows", [1, 7, 1000])
-@torch.no_grad()
-def test_score_sums_the_loss_and_counts_right_guesses(model, tokens, monkeypatch, n_rows):
-    monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", n_rows * 320)
-    targets, logits = tokens.roll(-1, 1), larger_weights(model)(tokens)
-    loss, n_correct = model.score(tokens, targets)
-    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert n_correct == (logits.argmax(-1) == targets).sum()
 
 
 def test_initial_weights_follow_the_recipe():
@@ -194,14 +177,15 @@ def test_model_compiles_without_graph_breaks(model, tokens):
     """``backend="eager"`` traces the whole graph and generates no code: fast, and as strict."""
     compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")
     assert compiled(tokens, tokens).item() == pytest.approx(model(tokens, tokens).item(), rel=1e-6)
-    explained = torch._dynamo.explain(model)(tokens, tokens)
-    assert explained.graph_break_count == 0
-    assert explained.graph_count == 1
 
 
 @torch.no_grad()
-def test_norm_statistics_are_fp32_under_bf16(tokens):
-    norm = build_model(LLAMA).norm
-    x = (300 * torch.randn(4, 64)).bfloat16()
-    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + LLAMA.norm_eps).sqrt()
-    assert torch.equal(norm(x).bfloat16(), exact.bfloat16())
+def test_norm_statistics_are_fp32_under_bf16(model, tokens):
+    norms = [m for m in model.modules() if isinstance(m, nn.RMSNorm | nn.LayerNorm)]
+    seen = []
+    for norm in norms:
+        norm.register_forward_hook(lambda _, inputs, output: seen.extend([*inputs, output]))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens)
+    assert len(seen) == 2 * (2 * model.config.n_layer + 1)
+    assert {x.dtype for x in seen} == {torch.float32}

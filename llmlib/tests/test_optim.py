@@ -6,13 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses import FakeTensorMode
 
 from llmlib import checkpoint, optim
 from llmlib.config import OPTIMIZERS, ModelConfig, TrainConfig, resize
 from llmlib.model import build_model
 from llmlib.optim import Sophia, build_optimizer, orthogonalize, set_lr
-from llmlib.step import train_step
+from llmlib.step import autocast, train_step
 
 SHAPE = {"vocab_size": 64, "seq_len": 16, "n_layer": 2, "n_head": 2, "d_model": 16}
 LLAMA = ModelConfig(d_ff=32, **SHAPE)
@@ -32,14 +31,9 @@ def batch(seed):
 
 
 def take_steps(model, optimizer, steps):
+    how = {"micro_batch": 2, "grad_clip": 1.0, "dtype": torch.float32}
     for i in steps:
-        settings = {
-            "micro_batch": 2,
-            "lr_factor": 1 / (1 + i),
-            "grad_clip": 1.0,
-            "dtype": torch.float32,
-        }
-        train_step(model, optimizer, *batch(i), **settings)
+        train_step(model, optimizer, *batch(i), lr_factor=1 / (1 + i), **how)
 
 
 def take_steps_beside(ours, optimizer, theirs, *references):
@@ -65,52 +59,35 @@ def split(model):
 
 
 def assert_close(ours, theirs, **tolerance):
-    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+    for p, q in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p, q, **tolerance)
 
 
-# ------------------------------------------------------------------ groups and names
-
-
-@pytest.mark.parametrize("arch", MODELS)
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_every_parameter_is_in_exactly_one_group_and_only_matrices_decay(name, arch):
-    model, optimizer = build(name, arch, weight_decay=0.3)
-    decay_of = [(p, g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]]
-    assert len(decay_of) == len(list(model.parameters()))
-    decay_of = {id(p): decay for p, decay in decay_of}
-    hidden, embeddings, vectors = split(model)
-    published = 0.2 if name == "sophia" else 0.3
-    assert {decay_of[id(p)] for p in hidden + embeddings} == {published}
-    assert {decay_of[id(p)] for p in vectors} == {0.0}
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-@pytest.mark.parametrize("arch", MODELS)
-def test_hidden_matrices_embeddings_and_vectors_have_rates_of_their_own(arch, name):
-    model, optimizer = build(name, arch, lr=2e-2, embed_lr=4e-3, vector_lr=1e-3)
-    for factor in (1.0, 0.25):
-        set_lr(optimizer, factor)
-        lr_of = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
-        for params, peak in zip(split(model), (2e-2, 4e-3, 1e-3), strict=True):
-            assert {lr_of[id(p)] for p in params} == {factor * peak}
-
-
-def test_rates_that_are_not_given_are_that_of_the_hidden_matrices():
-    _, optimizer = build("adamw", lr=2e-2)
-    assert {group["peak_lr"] for group in optimizer.param_groups} == {2e-2}
-
-
 # ------------------------------------------------------------------ all of them
+
+
+@pytest.mark.parametrize("arch", MODELS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("rates", [{"embed_lr": 4e-3, "vector_lr": 1e-3}, {}])
+def test_every_parameter_has_one_group_with_the_rate_and_decay_of_its_kind(name, arch, rates):
+    model, optimizer = build(name, arch, lr=2e-2, weight_decay=0.3, **rates)
+    set_lr(optimizer, 0.25)
+    found = [(p, g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]]
+    assert len(found) == len(list(model.parameters()))
+    of = {id(p): settings for p, *settings in found}
+    decay = 0.2 if name == "sophia" else 0.3  # as published
+    peaks = 2e-2, rates.get("embed_lr", 2e-2), rates.get("vector_lr", 2e-2)
+    for params, peak, wanted in zip(split(model), peaks, (decay, decay, 0.0), strict=True):
+        assert all(of[id(p)] == [0.25 * peak, wanted] for p in params)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_restored_optimizer_goes_on_as_if_nothing_had_happened(tmp_path, name):
     model, optimizer = build(name)
     take_steps(model, optimizer, range(8))
-    path = checkpoint.write(tmp_path, *checkpoint.snapshot(model, optimizer), {"step": 8})
+    checkpoint.write(tmp_path, *checkpoint.snapshot(model, optimizer), {"step": 8})
     other, its_optimizer = build(name, seed=2)
-    checkpoint.restore(other, its_optimizer, path)
+    checkpoint.restore(other, its_optimizer, checkpoint.newest_valid(tmp_path))
     for m, o in ((model, optimizer), (other, its_optimizer)):
         take_steps(m, o, range(8, 13))
     ours, theirs = checkpoint.snapshot(model, optimizer), checkpoint.snapshot(other, its_optimizer)
@@ -119,51 +96,18 @@ def test_restored_optimizer_goes_on_as_if_nothing_had_happened(tmp_path, name):
         assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_step_never_reads_from_the_device(name):
-    with FakeTensorMode():  # has no numbers to read
-        model, optimizer = build(name)
-        for _ in range(2):
-            if getattr(optimizer, "hessian_is_due", False):
-                optimizer.estimate_hessian(model, batch(0)[0], torch.float32)
-            for p in model.parameters():
-                p.grad = torch.randn(p.shape)
-            optimizer.step()
-        assert all(p.grad is not None for p in model.parameters())
-
-
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_it_learns_a_batch_by_heart(name):
-    model, optimizer = build(name, lr=1e-2)
-    inputs, targets = batch(0)
-    settings = {"micro_batch": 2, "lr_factor": 1.0, "grad_clip": 1.0, "dtype": torch.float32}
-    losses = [train_step(model, optimizer, inputs, targets, **settings)[0] for _ in range(40)]
-    assert losses[0] > 4.1
-    assert losses[-1] < 2.5
-
-
-# ------------------------------------------------------------------ AdamW
+# ------------------------------------------------------------------ AdamW and Muon
 
 
 def test_adamw_steps_match_torchs_plain_loop():
     ours, optimizer = build("adamw", weight_decay=0.1)
     theirs = build_model(MODELS["llama"], seed=1)
     hidden, embeddings, vectors = split(theirs)
-    reference = torch.optim.AdamW(
-        [
-            {"params": hidden + embeddings, "peak_lr": 3e-3},
-            {"params": vectors, "weight_decay": 0.0, "peak_lr": 3e-3},
-        ],
-        betas=(0.9, 0.95),
-        weight_decay=0.1,
-        foreach=False,
-        fused=False,
-    )
+    matrices = {"params": hidden + embeddings, "peak_lr": 3e-3, "weight_decay": 0.1}
+    groups = [matrices, {"params": vectors, "peak_lr": 3e-3, "weight_decay": 0.0}]
+    reference = torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=False, fused=False)
     take_steps_beside(ours, optimizer, theirs, reference)
-    assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
-
-
-# ------------------------------------------------------------------ Muon
+    assert_close(ours.parameters(), theirs.parameters(), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 24), (2, 24, 8), (4, 12, 12)])
@@ -180,29 +124,21 @@ def test_orthogonalize_applies_its_polynomial_to_the_singular_values(shape):
 
 @pytest.mark.parametrize("arch", MODELS)
 def test_muon_steps_match_torchs_with_adamw_beside_it(arch):
-    bf16 = {"dtype": torch.bfloat16}  # as torch's always is
-    ours, optimizer = build(
-        "muon", arch, weight_decay=0.1, lr=6e-3, embed_lr=3e-3, vector_lr=1e-3, **bf16
-    )
-    theirs = build_model(MODELS[arch], seed=1)
+    settings = {"weight_decay": 0.1, "lr": 6e-3, "embed_lr": 3e-3, "vector_lr": 1e-3}
+    ours, optimizer = build("muon", arch, dtype=torch.bfloat16, **settings)  # as torch's always is
+    theirs, start = (build_model(MODELS[arch], seed=1) for _ in range(2))
     hidden, embeddings, vectors = split(theirs)
-    muon = torch.optim.Muon(
-        [{"params": hidden, "peak_lr": 6e-3}], weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
-    )
-    adamw = torch.optim.AdamW(
-        [
-            {"params": embeddings, "peak_lr": 3e-3},
-            {"params": vectors, "weight_decay": 0.0, "peak_lr": 1e-3},
-        ],
-        betas=(0.9, 0.95),
-        weight_decay=0.1,
-    )
-    start = build_model(MODELS[arch], seed=1)
+    matrices = {"params": hidden, "peak_lr": 6e-3, "weight_decay": 0.1}
+    muon = torch.optim.Muon([matrices], adjust_lr_fn="match_rms_adamw")
+    others = [
+        {"params": embeddings, "peak_lr": 3e-3, "weight_decay": 0.1},
+        {"params": vectors, "peak_lr": 1e-3, "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(others, betas=(0.9, 0.95))
     take_steps_beside(ours, optimizer, theirs, muon, adamw)
-    ours_hidden, ours_embeddings, ours_vectors = split(ours)
-    for p, q in zip(ours_embeddings + ours_vectors, embeddings + vectors, strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
-    for p, q, before in zip(ours_hidden, hidden, split(start)[0], strict=True):
+    our_hidden, our_embeddings, our_vectors = split(ours)
+    assert_close(our_embeddings + our_vectors, embeddings + vectors, rtol=1e-6, atol=1e-7)
+    for p, q, before in zip(our_hidden, hidden, split(start)[0], strict=True):
         moved, off = (q - before).norm(), (p - q).norm()
         assert moved > 0.01
         assert off < 0.02 * moved  # bf16 has three digits
@@ -248,13 +184,13 @@ def test_sophia_steps_match_the_published_form(monkeypatch, name, beta1, beta2, 
     for i in range(5):
         assert optimizer.hessian_is_due
         inputs, _ = batch(i)
-        optimizer.estimate_hessian(ours, inputs, torch.float32)
+        optimizer.estimate_hessian(ours, inputs)
         logits = theirs(inputs).flatten(0, 1)
         loss = F.cross_entropy(logits, logits.argmax(-1))
         reference.update_hessian(torch.autograd.grad(loss, list(theirs.parameters())))
         take_steps_beside(ours, optimizer, theirs, reference)  # four
     assert optimizer.n_hessian_passes == 5
-    assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+    assert_close(ours.parameters(), theirs.parameters(), rtol=1e-4, atol=1e-6)
 
 
 class Softmax(nn.Module):
@@ -274,89 +210,63 @@ class Softmax(nn.Module):
 
 
 def test_gauss_newton_bartlett_estimate_is_right_on_average():
-    n, n_draws = 6, 2000
-    model = Softmax(n, 4, 5)
-    optimizer = Sophia([{"params": [model.weight]}], lr=0.1, betas=(0.9, 0.0), rho=0.05)
-    inputs = torch.arange(n)[:, None]
-    mean = torch.zeros(5, 4)
-    for _ in range(n_draws):
-        optimizer.estimate_hessian(model, inputs, torch.float32)
+    n, n_draws = 6, 500
+    model, mean = Softmax(n, 4, 5), torch.zeros(5, 4)
+    optimizer = Sophia([{"params": [model.weight]}], 0.1, betas=(0.9, 0.0), rho=0.05)
+    for i in range(n_draws):
+        optimizer.state[model.weight]["step"] = i  # other labels each time
+        optimizer.estimate_hessian(model, torch.arange(n)[:, None])
         mean += optimizer.state[model.weight]["hessian"] / n_draws
-        optimizer.count_step()
-    hessian = (
-        torch.autograd.functional.hessian(  # of a loss linear up to the softmax: Gauss-Newton's
-            lambda w: F.cross_entropy(model.features @ w.t(), torch.zeros(n, dtype=torch.long)),
-            model.weight.detach(),
-        )
-    )
+
+    def loss(weight):  # linear up to the softmax, so its Hessian is Gauss-Newton's
+        return F.cross_entropy(model.features @ weight.t(), torch.zeros(n, dtype=torch.long))
+
+    hessian = torch.autograd.functional.hessian(loss, model.weight.detach())
     exact = hessian.flatten(2).flatten(0, 1).diag().view(5, 4)
-    torch.testing.assert_close(mean, exact, rtol=0, atol=0.05 * exact.max().item())
-    assert mean.sum().item() == pytest.approx(exact.sum().item(), rel=0.02)
+    torch.testing.assert_close(mean, exact, rtol=0, atol=0.1 * exact.max().item())
+    assert mean.sum().item() == pytest.approx(exact.sum().item(), rel=0.04)
 
 
 def test_hessian_in_bf16_is_close_to_that_in_fp32(monkeypatch):
+    """Whatever torch remembers of the pass that draws, gradients reach the weights in the next."""
     _, labels = batch(1)
-    monkeypatch.setattr(Sophia, "DRAWN_AT_ONCE", 4)
     monkeypatch.setattr(optim, "draw", lambda *_: labels)
     hessians = []
     for dtype in (torch.float32, torch.bfloat16):
         model, optimizer = build("sophia")
-        optimizer.estimate_hessian(model, batch(0)[0], dtype)
+        with autocast(torch.device("cpu"), dtype):
+            optimizer.estimate_hessian(model, batch(0)[0])
         hessians.append([optimizer.state[p]["hessian"] for p in model.parameters()])
     for full, low in zip(*hessians, strict=True):
         assert full.sum() > 0
         assert (low - full).norm() < 0.1 * full.norm()
 
 
-def test_hessian_is_estimated_once_before_every_tenth_step():
+def test_hessian_is_estimated_before_every_tenth_step():
     model, optimizer = build("sophia")
-    due = []
+    hessians = [torch.zeros_like(model.norm.weight)]
     for i in range(21):
-        due.append(optimizer.hessian_is_due)
-        if due[-1]:
-            optimizer.estimate_hessian(model, batch(0)[0][:2], torch.float32)
-            assert not optimizer.hessian_is_due  # should the step be tried again
-            assert all(p.grad is None for p in model.parameters())
         take_steps(model, optimizer, [i])
-    assert [i for i, is_due in enumerate(due) if is_due] == [0, 10, 20]
-    assert optimizer.n_hessian_passes == 3
+        hessians.append(optimizer.state[model.norm.weight]["hessian"].clone())
+    changed = [i for i in range(21) if not torch.equal(hessians[i], hessians[i + 1])]
+    assert changed == [0, 10, 20] and optimizer.n_hessian_passes == 3
 
 
-def test_sophia_does_not_step_on_a_hessian_that_was_not_estimated():
-    _, optimizer = build("sophia")
-    with pytest.raises(AssertionError, match="estimate_hessian"):
-        optimizer.step()
-
-
-@pytest.mark.parametrize("scale", [1e-12, 1e-5, 1.0])
-def test_sophias_steps_are_clipped_and_the_unclipped_are_counted(scale):
-    model, optimizer = build("sophia", lr=1e-3)
-    before = [p.detach().clone() for p in model.parameters()]
-    optimizer.estimate_hessian(model, batch(0)[0], torch.float32)
+@pytest.mark.parametrize(
+    ("scale", "least", "most"), [(1e-12, 0.9, 1), (1e-5, 0.1, 0.9), (1, 0, 0.1)]
+)
+def test_sophias_steps_are_clipped_and_the_unclipped_are_counted(scale, least, most):
+    model, optimizer = build("sophia_writeup", lr=1e-3, weight_decay=0.0)
+    before = nn.utils.parameters_to_vector(model.parameters())
+    optimizer.estimate_hessian(model, batch(0)[0])
     for p in model.parameters():
         p.grad = scale * torch.randn(p.shape)
     optimizer.step()
-    decay = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-    moves = [
-        (p - q * (1 - 1e-3 * decay[id(p)])).detach().flatten() / 1e-3
-        for p, q in zip(model.parameters(), before, strict=True)
-    ]
-    moves = torch.cat(moves).abs()
+    moves = (nn.utils.parameters_to_vector(model.parameters()) - before).abs() / 1e-3
+    unclipped = (moves < 1 - 1e-3).float().mean().item()
     assert moves.max() < 1 + 1e-3
-    expected = (moves < 1 - 1e-3).float().mean().item()
-    assert optimizer.unclipped_share.item() == pytest.approx(expected, abs=0.01)
-    assert {1e-12: expected > 0.9, 1e-5: 0.1 < expected < 0.9, 1.0: expected < 0.1}[scale]
-
-
-def test_write_ups_sophia_clips_nearly_everything(monkeypatch):
-    monkeypatch.setattr(Sophia, "HESSIAN_INTERVAL", 1)
-    shares = {}
-    for name in ("sophia", "sophia_writeup"):
-        settings = {"micro_batch": 2**10, "grad_accum": 2**3, "betas": (0.965, 0.99)}
-        model, optimizer = build(name, **settings)  # 2**17 tokens per step, as the winner's
-        take_steps(model, optimizer, range(41))
-        shares[name] = optimizer.unclipped_share.item()
-    assert shares["sophia_writeup"] < 0.01 < shares["sophia"]
+    assert least <= unclipped <= most
+    assert optimizer.unclipped_share.item() == pytest.approx(unclipped, abs=0.01)
 
 
 def test_drawn_labels_are_labels_whatever_the_logits():
@@ -381,6 +291,6 @@ class Broken(nn.Module):
 
 def test_hessian_that_is_not_finite_does_not_reach_the_weights():
     model, optimizer = build("sophia")
-    optimizer.estimate_hessian(Broken(model), batch(0)[0], torch.float32)
+    optimizer.estimate_hessian(Broken(model), batch(0)[0])
     take_steps(model, optimizer, [0])
     assert all(p.isfinite().all() for p in model.parameters())
