@@ -194,11 +194,11 @@ class Trainer(ResumableRun):
         """
         seconds, cost = self.state.step_seconds, self.state.compile_seconds or COMPILE_SECONDS
         [fits] = step.broadcast(self.budget.fits(self.ledger, cost + 2 * seconds))
-        compiles = self.config.compile and fits
-        model = step.compile_model(self.model, self.device) if compiles else self.model
+        wants = self.config.compile
+        model = step.compile_model(self.model, self.device) if wants and fits else self.model
         self.is_compiled = model is not self.model
         if seconds:
-            self.budget.observe(seconds if fits else 2 * seconds)
+            self.budget.observe(2 * seconds if wants and not fits else seconds)
         return step.average_gradients(model)
 
 
@@ -258,7 +258,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.cache_size_limit = 64  # of shapes in one process
     step.keep_freed_memory()
-    local_rank, must_stop = step.join_processes(), watch_signals(options.watched)
+    local_rank, must_stop = step.join_processes(), watch_signals(options.watched and step.is_main())
     for run in options.runs:
         try:
             with locks.lock(run) if step.is_main() else nullcontext():
