@@ -7,10 +7,10 @@ same folder again attaches to the run if it is still there, and otherwise resume
 
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def start(
 ) -> subprocess.Popen:
     """Start training runs in turn; they save and leave when the returned process's stdin closes.
 
-    What it prints goes to ``train.log`` of the first run.
+    What it prints goes to ``train.log`` of the first run, errors of a run to its own.
     """
     torchrun = f"torch.distributed.run --standalone --nproc-per-node={n_processes} -m".split()
     command = [sys.executable, "-m", *(torchrun if n_processes > 1 else [])]
@@ -56,21 +56,24 @@ def run_training(run: Path, *, n_processes: int | None = None) -> dict[str, Any]
             time.sleep(POLL_SECONDS)
             continue
         process = start([run], n_processes=n_processes or torch.cuda.device_count() or 1)
-        try:
-            while process.poll() is None:
-                live.show(progress_line(run), run)
-                time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:
-            live.show("interrupted: waiting for the run to save itself")
-            process.send_signal(signal.SIGINT)
-            process.wait()
-            raise
-        finally:
-            process.stdin.close()
+        _watch([process], lambda: live.show(progress_line(run), run))
         if process.returncode:
             _raise_its_error(run, process.returncode)
     live.show(progress_line(run))
     return result
+
+
+def _watch(processes: list[subprocess.Popen], show: Callable[[], None]) -> None:
+    """Show progress until the processes end; if interrupted, wait until they have saved and left."""
+    try:
+        while any(process.poll() is None for process in processes):
+            show()
+            time.sleep(POLL_SECONDS)
+    finally:
+        for process in processes:
+            process.stdin.close()
+        for process in processes:
+            process.wait()
 
 
 def _raise_its_error(run: Path, status: int) -> None:
@@ -103,15 +106,7 @@ def run_many(folders: list[Path]) -> None:
     shares = [waiting[i : i + n_each] for i in range(0, len(waiting), n_each)]
     workers = [start(share, n_threads=1 if len(shares) > 1 else None) for share in shares]
     live = Live()
-    try:
-        while any(worker.poll() is None for worker in workers):
-            live.show(_count_done(folders))
-            time.sleep(POLL_SECONDS)
-    finally:
-        for worker in workers:  # interrupted: they notice, save themselves and leave
-            worker.stdin.close()
-        for worker in workers:
-            worker.wait()
+    _watch(workers, lambda: live.show(_count_done(folders)))
     live.show(_count_done(folders))  # the others failed
 
 

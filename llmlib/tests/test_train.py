@@ -411,7 +411,7 @@ def test_run_that_stays_bad_ends_with_a_verdict(make_run, monkeypatch, capsys):
 def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
     tmp_path, smoke_tokens, monkeypatch
 ):
-    config = override(SHORT, micro_batch=9, grad_accum=2)  # 9, 5, 3
+    config = override(SHORT, micro_batch=9, grad_accum=2, budget_steps=5)  # 9, 5, 3
     with monkeypatch.context() as patch:  # 18 sequences in small pieces from the start
         patch.setattr(Trainer, "micro_batch", 3)
         trainer(tmp_path / "small", smoke_tokens, config).run()
@@ -426,7 +426,7 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
     big.model.forward = small_device
     result = big.run()
     assert result["micro_batch"] == 3
-    assert result["n_tokens"] == 20 * 18 * SMOKE.model.seq_len
+    assert result["n_tokens"] == 5 * 18 * SMOKE.model.seq_len
     said = "out of memory: micro_batch is now"
     assert [e for e in events(tmp_path / "big") if said in e] == [f"{said} 5", f"{said} 3"]
     assert_same_run(tmp_path / "big", tmp_path / "small")
