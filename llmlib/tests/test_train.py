@@ -430,13 +430,10 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(
     said = "out of memory: micro_batch is now"
     assert [e for e in events(tmp_path / "big") if said in e] == [f"{said} 5", f"{said} 3"]
     assert_same_run(tmp_path / "big", tmp_path / "small")
-
-
-def test_what_never_fits_is_the_readers_to_change(tmp_path, smoke_tokens):
-    run = trainer(tmp_path, smoke_tokens, FP32)
-    run.model.forward = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
+    never = trainer(tmp_path / "never", smoke_tokens, config)
+    never.model.forward = lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no"))
     with pytest.raises(ValueError, match=r"micro_batch=1 does not fit .* choose a smaller"):
-        run.run()
+        never.run()
 
 
 def test_full_disk_costs_checkpoints_and_not_the_run(tmp_path, smoke_tokens, undisturbed):
