@@ -69,12 +69,9 @@ class Budget:
         recent = sorted(self._recent) or [0.0]
         return min(recent[int(0.9 * len(recent))], 2 * recent[len(recent) // 2])
 
-    def fits(self, ledger: Ledger, seconds: float, n_under_way: int = 0) -> bool:
-        """Say whether other work of this length still leaves room for one more step.
-
-        Steps under way have been launched on the device and are not over yet.
-        """
-        ahead = seconds + (n_under_way + 1) * self.step_seconds
+    def fits(self, ledger: Ledger, seconds: float) -> bool:
+        """Say whether other work of this length still leaves room for one more step."""
+        ahead = seconds + self.step_seconds
         return self.seconds is None or ledger.total + ahead <= self.seconds
 
     def seconds_left(self, step: int, ledger: Ledger) -> float:
@@ -83,9 +80,7 @@ class Budget:
             return (self.n_steps - step) * self.step_seconds
         return max(0.0, self.seconds - ledger.total)
 
-    def next_progress(
-        self, step: int, ledger: Ledger, *, before: float = 0.0, n_under_way: int = 0
-    ) -> float | None:
+    def next_progress(self, step: int, ledger: Ledger, *, before: float = 0.0) -> float | None:
         """Return the progress of the next step, or None when the budget has no room for it.
 
         It is 0 on the first step and 1 on the last, so the schedule ends where promised: a step is
@@ -100,7 +95,7 @@ class Budget:
             return step / last if last else 1.0
         one, compiling = self.step_seconds, ledger.seconds["compile"]
         slow = min(max(self._recent, default=0.0), 3 * one)
-        spent = ledger.total + n_under_way * one
+        spent = ledger.total
         left = self.seconds - spent
         if left < one or left <= 0:
             return None if before == 1.0 or step == 1 else 1.0

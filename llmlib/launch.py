@@ -5,14 +5,12 @@ kernel that was killed, say), the pipe closes, and the run saves itself and leav
 same folder again attaches to the run if it is still there, and otherwise resumes it.
 """
 
-from __future__ import annotations
-
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,24 +29,20 @@ def start(
 ) -> subprocess.Popen:
     """Start training runs in turn; they save and leave when the returned process's stdin closes.
 
-    What it prints goes to ``train.log`` of the first run.
+    What it prints goes to ``train.log`` of the first run, errors of a run to its own.
     """
     torchrun = f"torch.distributed.run --standalone --nproc-per-node={n_processes} -m".split()
     command = [sys.executable, "-m", *(torchrun if n_processes > 1 else [])]
-    command += ["llmlib.train", *map(str, folders)]
     threads = {} if n_threads is None else {"OMP_NUM_THREADS": str(n_threads)}
     with open(folders[0] / "train.log", "a") as log:
-        process = subprocess.Popen(
-            command,
+        return subprocess.Popen(
+            [*command, "llmlib.train", "--watched", *map(str, folders)],
             env=os.environ | threads,
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches it through us, once
         )
-    process.stdin.write(b"watched\n")
-    process.stdin.flush()
-    return process
 
 
 def run_training(run: Path, *, n_processes: int | None = None) -> dict[str, Any]:
@@ -56,28 +50,31 @@ def run_training(run: Path, *, n_processes: int | None = None) -> dict[str, Any]
 
     Uses one process per CUDA device unless ``n_processes`` says otherwise.
     """
-    live = Live(run)
+    live = Live()
     while (result := runs.read_result(run)) is None:
         if owner := locks.lock_owner(run):  # left by an earlier launcher, and still at work
-            live.show(f"attached to {owner}: {progress_line(run)}")
+            live.show(f"attached to {owner}: {progress_line(run)}", run)
             time.sleep(POLL_SECONDS)
             continue
         process = start([run], n_processes=n_processes or torch.cuda.device_count() or 1)
-        try:
-            while process.poll() is None:
-                live.show(progress_line(run))
-                time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:
-            live.show("interrupted: waiting for the run to save itself")
-            process.send_signal(signal.SIGINT)
-            process.wait()
-            raise
-        finally:
-            process.stdin.close()
+        _watch([process], lambda: live.show(progress_line(run), run))
         if process.returncode:
             _raise_its_error(run, process.returncode)
-    live.show(progress_line(run), is_last=True)
+    live.show(progress_line(run))
     return result
+
+
+def _watch(processes: list[subprocess.Popen], show: Callable[[], None]) -> None:
+    """Show progress until the processes end; if interrupted, wait until they have saved and left."""
+    try:
+        while any(process.poll() is None for process in processes):
+            show()
+            time.sleep(POLL_SECONDS)
+    finally:
+        for process in processes:
+            process.stdin.close()
+        for process in processes:
+            process.wait()
 
 
 def _raise_its_error(run: Path, status: int) -> None:
@@ -109,26 +106,14 @@ def run_many(folders: list[Path]) -> None:
     n_each = math.ceil(len(waiting) / n_workers) or 1
     shares = [waiting[i : i + n_each] for i in range(0, len(waiting), n_each)]
     workers = [start(share, n_threads=1 if len(shares) > 1 else None) for share in shares]
-    live, started = Live(folders[0]), time.monotonic()
-    try:
-        while any(worker.poll() is None for worker in workers):
-            text, n_done = _count_done(waiting)
-            if n_done:
-                seconds_left = (time.monotonic() - started) / n_done * (len(waiting) - n_done)
-                text += f", about {seconds_left / 60:.1f} min left"
-            live.show(text)
-            time.sleep(POLL_SECONDS)
-    finally:
-        for worker in workers:  # interrupted: they notice, save themselves and leave
-            worker.stdin.close()
-        for worker in workers:
-            worker.wait()
-    live.show(_count_done(folders)[0])  # the others failed
+    live = Live()
+    _watch(workers, lambda: live.show(_count_done(folders)))
+    live.show(_count_done(folders))  # the others failed
 
 
-def _count_done(folders: list[Path]) -> tuple[str, int]:
+def _count_done(folders: list[Path]) -> str:
     n_done = sum(runs.read_result(run) is not None for run in folders)
-    return f"{n_done}/{len(folders)} runs done", n_done
+    return f"{n_done}/{len(folders)} runs done"
 
 
 def progress_line(run: Path) -> str:
@@ -149,19 +134,18 @@ def progress_line(run: Path) -> str:
 class Live:
     """A line that is rewritten in place and, where somebody watches a notebook, a curve beneath it."""
 
-    def __init__(self, run: Path) -> None:
-        self.run, self.drawn_at = run, -math.inf
-        self.places: dict[str, Any] = {}  # where the line and the curve are displayed
+    def __init__(self) -> None:
+        self.drawn_at, self.places = -math.inf, {}  # of the curve; handles of what is displayed
 
-    def show(self, text: str, is_last: bool = False) -> None:
-        """Rewrite the line; draw the curve anew if it is older than ``CURVE_SECONDS``, or the last."""
+    def show(self, text: str, run: Path | None = None) -> None:
+        """Rewrite the line; draw the run's curve anew if it is older than ``CURVE_SECONDS``."""
         if plots.get_ipython() is None:
             print(f"\r{text}", end="", flush=True)
             return
         self._display("line", {"text/plain": text}, raw=True)
-        is_due = is_last or time.monotonic() > self.drawn_at + CURVE_SECONDS
-        if is_due and plots.is_attended() and len(runs.read_metrics(self.run, "step")) > 1:
-            self._display("curve", plots.training_curve(analysis.load_curve(self.run), None))
+        is_due = run and time.monotonic() > self.drawn_at + CURVE_SECONDS and plots.is_attended()
+        if is_due and len(runs.read_metrics(run, "step")) > 1:
+            self._display("curve", plots.training_curve(analysis.load_curve(run), None))
             self.drawn_at = time.monotonic()
 
     def _display(self, name: str, what: Any, **options: Any) -> None:

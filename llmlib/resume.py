@@ -4,11 +4,9 @@
 that a restart knows what was spent, however the run ended.
 """
 
-from __future__ import annotations
-
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +16,7 @@ from llmlib import checkpoint, data, runs, step
 from llmlib.budget import Budget, Ledger
 from llmlib.model import build_model
 from llmlib.optim import build_optimizer
-from llmlib.schedule import lr_factor
-from llmlib.sizing import count_params, datasheet_peak, flops_per_token
-
-SAVE_BYTES_PER_S = 1e9  # what saving may take, until it is known
+from llmlib.sizing import count_params, flops_per_token
 
 
 @dataclass
@@ -37,7 +32,7 @@ class TrainState:
     n_rollbacks: int = 0
     n_evals: int = 0  # validations that were due
     step_seconds: float = 0.0  # what a step takes
-    compile_seconds: float = 0.0  # what the first step took beyond that
+    compile_seconds: float = 0.0  # what the first step of a process takes
     is_over: bool = False  # the budget is spent
     seconds: dict[str, float] = field(default_factory=dict)  # the ledger
     format: int = runs.FORMAT
@@ -48,13 +43,13 @@ class ResumableRun:
 
     def __init__(self, path: Path, local_rank: int = 0):
         self.path, self.about = path, runs.read_run(path)
-        self.config, model, n = self.about.train, self.about.model, step.world_size()
+        self.config, n = self.about.train, step.world_size()
         if self.config.n_sequences % n:
             raise ValueError(
                 f"micro_batch x grad_accum = {self.config.n_sequences} sequences do not divide "
                 f"among {n} processes; make it a multiple of {n}."
             )
-        self.tokens_per_step = self.config.n_sequences * model.seq_len
+        self.tokens_per_step = self.config.n_sequences * self.about.model.seq_len
         self.budget, self.ledger = Budget(self.config, self.tokens_per_step), Ledger()
         self.windows = self.eval_windows(self.config.eval_windows)
         self.state = TrainState(self.config.micro_batch, data.sha256(self.windows))
@@ -62,16 +57,11 @@ class ResumableRun:
         self.dtype = step.compute_dtype(self.device, self.config.dtype)
         torch.manual_seed(self.config.seed)
         start = {"seed": self.config.seed, "zero_init": self.config.zero_init}
-        self.model = build_model(model, **start).to(self.device)
+        self.model = build_model(self.about.model, **start).to(self.device)
         self.optimizer = build_optimizer(self.model, self.config, self.dtype)
-        peak = self.about.peak_flops_per_s
-        if peak is None and self.device.type == "cuda":
-            peak = datasheet_peak(torch.cuda.get_device_name(self.device))
-        self.peak_flops_per_s = peak and peak * n
         self.saver = checkpoint.Saver(path / "checkpoints")
-        self.log = runs.MetricLog(path, self.config.tracker if step.is_main() else None)
-        self.save_seconds = 12 * count_params(model) / SAVE_BYTES_PER_S
-        self.save_at = 0.0
+        self.save_seconds = self.save_at = 0.0  # what a save takes; when the next is due
+        self.log = runs.MetricLog(path, self.config.tracker)
 
     def eval_windows(self, n_windows: int | None):
         return data.eval_windows(self.about.tokens_dir, "val", self.about.model.seq_len, n_windows)
@@ -81,19 +71,27 @@ class ResumableRun:
         """Sequences per forward pass in each process; tokens per step are always the config's."""
         return min(self.state.micro_batch, self.config.n_sequences // step.world_size())
 
+    # ------------------------------------------------------------------ checkpoints and the clock
+
     def begin_or_resume(self) -> None:
         newest = checkpoint.newest_valid(self.saver.folder)
         if newest is not None:
-            self.state = self.load(newest)
+            self.load(newest)
             self.ledger = Ledger(self.state.seconds if self.state.is_over else self._spent())
             self.book_lost()
+            self.save_seconds = self.ledger.seconds["checkpoint"]  # of all so far: hardly exceeded
         elif step.is_main():
             self.log.drop_after(-1)
             if failure := self.save_now():
-                raise ValueError(f"{not_saved(failure)}; free some space and run again.")
+                raise ValueError(f"{failure}; free some space and run again.")
             self.ledger = Ledger()
         step.broadcast(0.0)
         self.save_at = self.ledger.total + 60 * self.config.checkpoint_minutes
+
+    def load(self, path: Path, **kept: Any) -> None:
+        """Load a checkpoint; of the state, ``kept`` stays as it is."""
+        state = checkpoint.restore(self.model, self.optimizer, path)
+        self.state = replace(TrainState(**state), **kept)
 
     def _spent(self) -> dict[str, float]:
         """Read from the last row what a run had spent, and book what it did after as lost.
@@ -110,20 +108,6 @@ class ResumableRun:
     def last_write(self) -> float:
         files = [self.log.path, *self.saver.folder.rglob("*")]
         return max(path.stat().st_mtime for path in files)
-
-    def load(self, path: Path) -> TrainState:
-        state = checkpoint.restore(self.model, self.optimizer, path)
-        if (there := state.get("format", 1)) != runs.FORMAT:
-            raise ValueError(
-                f"checkpoint {path.name} of run {self.path.name} has format {there}, this version "
-                f"writes {runs.FORMAT}; start another run."
-            )
-        if state["val_sha256"] != self.state.val_sha256:
-            raise ValueError(
-                f"the validation set is not the one that run {self.path.name} began with; give "
-                "the tokens that it began with, or start another run."
-            )
-        return TrainState(**state)
 
     def book_lost(self) -> None:
         """Book training since the loaded checkpoint as lost and drop its metrics."""
@@ -143,11 +127,16 @@ class ResumableRun:
         self.save_at = self.ledger.total + 60 * self.config.checkpoint_minutes
         self.write("phase", text="saving ends")
 
-    def save_now(self) -> BaseException | None:
-        """Save, wait until it is done, and return what failed."""
+    def save_now(self) -> str | None:
+        """Save, wait until it is done, and say what failed."""
         self.save()
         self.saver.wait()
-        return self.saver.take_failure()
+        return self.save_failure()
+
+    def save_failure(self) -> str | None:
+        """Say, once, why the last save failed; None if it did not or is not done."""
+        failure = self.saver.take_failure()
+        return failure and f"the checkpoint could not be saved ({failure}; is the disk full?)"
 
     # ------------------------------------------------------------------ the record
 
@@ -155,27 +144,25 @@ class ResumableRun:
         """Say what the run was and did, but for its final scores."""
         state, steps = self.state, runs.read_metrics(self.path, "step")
         n_tokens = state.step * self.tokens_per_step
-        result = {"n_steps": state.step, "n_tokens": n_tokens, "seconds": state.seconds}
-        result |= {"tokens_per_step": self.tokens_per_step, "micro_batch": self.micro_batch}
-        result |= {"n_params": count_params(self.about.model), "is_compiled": self.is_compiled}
-        result |= {"flops": flops_per_token(self.about.model) * n_tokens}
-        result |= {"tokens_per_s": float(steps.tokens_per_s.median())}
-        result |= {"mfu": self.peak_flops_per_s and float(steps.mfu.median())}
-        result |= {"budget_seconds": self.config.budget_seconds}
-        result |= {"n_skipped": state.n_skipped, "n_rollbacks": state.n_rollbacks}
-        result |= {"dtype": str(self.dtype)[6:], "n_processes": step.world_size()}
-        for name in ("n_hessian_passes", "unclipped_share"):
-            if hasattr(self.optimizer, name):
-                result[name] = float(getattr(self.optimizer, name))
+        result = {
+            "n_steps": state.step,
+            "n_tokens": n_tokens,
+            "flops": flops_per_token(self.about.model) * n_tokens,
+            "n_params": count_params(self.about.model),
+            "seconds": state.seconds,
+            "budget_seconds": self.config.budget_seconds,
+            "tokens_per_s": float(steps.tokens_per_s.median()),
+            "mfu": self.about.peak_flops_per_s and float(steps.mfu.median()),
+            "micro_batch": self.micro_batch,
+            "n_processes": step.world_size(),
+            "n_skipped": state.n_skipped,
+            "n_rollbacks": state.n_rollbacks,
+            "is_compiled": self.is_compiled,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        if hasattr(self.optimizer, "unclipped_share"):  # Sophia
+            result["unclipped_share"] = float(self.optimizer.unclipped_share)
         return result
-
-    def log_step(self, number: int, progress: float, seconds: float, **values: float) -> None:
-        peak, tokens_per_s = self.peak_flops_per_s, self.tokens_per_step / seconds
-        values["lr"] = self.config.lr * lr_factor(self.config, progress)
-        values["mfu"] = peak and tokens_per_s * flops_per_token(self.about.model) / peak
-        left = self.budget.seconds_left(self.state.step, self.ledger)
-        about = {"progress": progress, "tokens_per_s": tokens_per_s, "seconds_left": left}
-        self.write("step", number, **about, **values)
 
     def event(self, text: str) -> None:
         if step.is_main():
@@ -183,14 +170,9 @@ class ResumableRun:
                 print(text, flush=True)
         self.write("event", text=text)
 
-    def write(self, kind: str, number: int | None = None, **values: Any) -> None:
+    def write(self, kind: str, **values: Any) -> None:
         """Write a row, with the ledger as it is and the time, from which a restart goes on."""
-        number = self.state.step if number is None else number
-        about = {"step": number, "tokens": number * self.tokens_per_step, "time": time.time()}
-        spent = {"seconds": round(self.ledger.total, 4), "ledger": dict(self.ledger.seconds)}
+        now = {"step": self.state.step, "tokens": self.state.step * self.tokens_per_step}
+        now |= {"seconds": round(self.ledger.total, 4), "ledger": dict(self.ledger.seconds)}
         if step.is_main():
-            self.log.write(kind, **about, **spent, **values)
-
-
-def not_saved(failure: BaseException) -> str:
-    return f"the checkpoint could not be saved ({failure}; is the disk full?)"
+            self.log.write(kind, **now | {"time": time.time()} | values)

@@ -5,8 +5,6 @@ happened; ``result.json`` (a training run) or ``summary.json`` (a notebook) is w
 done. Costly tables are kept as CSV, so a notebook that is run again takes seconds. No torch here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -17,7 +15,7 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import matplotlib
 import pandas as pd
@@ -55,32 +53,28 @@ def n_cores() -> int:
 
 
 def environment() -> dict[str, Any]:
-    """Describe where a run happens: device, processor, versions, commit."""
+    """Describe where a run happens: device, processor, versions, commit.
+
+    Of the processor, where Linux tells: its name and the units that decide its data type.
+    """
     import torch
 
-    cuda = torch.cuda.is_available()
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
-    git = subprocess.run(command, capture_output=True, text=True)
+    cuda, cpuinfo = torch.cuda.is_available(), Path("/proc/cpuinfo")
+    about = cpuinfo.read_text() if cpuinfo.exists() else ""
+    name = re.search(r"model name\s*: (.*)", about)
+    units = [unit for unit in ("avx2", "avx512_bf16", "amx_bf16") if f" {unit} " in about]
+    status, commit = subprocess.getstatusoutput(f"git -C '{ROOT}' describe --always --dirty")
     return {
         "device": torch.cuda.get_device_name() if cuda else "CPU",
         "n_devices": torch.cuda.device_count() if cuda else 1,
-        "processor": _processor(),
+        "processor": f"{name[1] if name else platform.machine()} ({', '.join(units)})",
         "n_cores": n_cores(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "commit": git.stdout.strip() or None,
+        "commit": None if status else commit,
     }
-
-
-def _processor() -> str:
-    """Name the processor and the units that decide its data type, where Linux tells."""
-    path = Path("/proc/cpuinfo")
-    text = path.read_text() if path.exists() else ""
-    name = re.search(r"model name\s*: (.*)", text)
-    units = [unit for unit in ("avx2", "avx512_bf16", "amx_bf16") if f" {unit} " in text]
-    return f"{name[1] if name else platform.machine()} ({', '.join(units)})"
 
 
 class Record:
@@ -93,7 +87,12 @@ class Record:
         self.path = path
         self.config = json.loads(json.dumps({"format": FORMAT} | config))  # as a reader sees it
         if (path / "config.json").exists():
-            _refuse_other_config(path, read_config(path), self.config)
+            there, here = read_config(path), self.config
+            names = sorted((there | here).keys() - {"measured"})
+            both = [(name, there.get(name), here.get(name)) for name in names]
+            differing = [f"{name}: {a!r} there, {b!r} here" for name, a, b in both if a != b]
+            if differing:
+                _refuse(path, f"was made with another config ({'; '.join(differing):.600})")
         else:
             write_json(path / "config.json", self.config)
         if not (path / "environment.json").exists():
@@ -132,22 +131,14 @@ class Record:
 def read_config(path: Path) -> dict[str, Any]:
     """Read a record's config; one of another format is refused."""
     config = read_json(path / "config.json")
-    if config.get("format") != FORMAT:
-        raise ValueError(
-            f"run {path.name} in {path.parent} has format {config.get('format', 1)}, this version "
-            f"writes {FORMAT}; choose another run_name or runs_dir, or delete that folder."
-        )
+    if (there := config.get("format", 1)) != FORMAT:
+        _refuse(path, f"has format {there}, this version writes {FORMAT}")
     return config
 
 
-def _refuse_other_config(path: Path, there: dict, here: dict) -> None:
-    names = (there | here).keys() - {"measured"}
-    if differing := sorted(k for k in names if there.get(k) != here.get(k)):
-        shown = "; ".join(f"{k}: {there.get(k)!r} there, {here.get(k)!r} here" for k in differing)
-        raise ValueError(
-            f"run {path.name} in {path.parent} was made with another config ({shown:.600}); choose "
-            "another run_name or runs_dir, or delete that folder."
-        )
+def _refuse(path: Path, why: str) -> NoReturn:
+    remedy = "choose another run_name or runs_dir, or delete that folder."
+    raise ValueError(f"run {path.name} in {path.parent} {why}; {remedy}")
 
 
 def runs_folder(scale: str, runs_dir: str | Path = "") -> Path:
@@ -248,23 +239,18 @@ class MetricLog:
         if self.tracker and kind in ("step", "eval"):
             from torch.utils.tensorboard import SummaryWriter
 
-            about = {"purge_step": values["step"], "flush_secs": 10}
-            self.writer = self.writer or SummaryWriter(self.path.parent / "tensorboard", **about)
+            step, folder = values["step"], self.path.parent / "tensorboard"
+            self.writer = self.writer or SummaryWriter(folder, purge_step=step)
             for name, value in values.items():
                 if isinstance(value, (int, float)):
-                    self.writer.add_scalar(f"{kind}/{name}", value, values["step"])
+                    self.writer.add_scalar(f"{kind}/{name}", value, step)
+            self.writer.flush()
 
     def drop_after(self, step: int) -> None:
         """Drop steps and validations that will be met again, and half-written lines."""
-        rows = _parse(self.path.read_text()) if self.path.exists() else []
-        kept = [row for row in rows if row["kind"] in ("event", "phase") or row["step"] <= step]
+        kept = [r for r in _rows(self.path) if r["kind"] in ("event", "phase") or r["step"] <= step]
         write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.close()
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
+        self.writer = None  # the next one hides what was dropped
 
 
 def read_metrics(run: Path, kind: str | None = None, *, last: bool = False) -> pd.DataFrame:
@@ -272,18 +258,16 @@ def read_metrics(run: Path, kind: str | None = None, *, last: bool = False) -> p
 
     With ``last``, read no more than the end of the file: enough to see where a live run is.
     """
-    path, rows = run / "metrics.jsonl", []
+    rows = [r for r in _rows(run / "metrics.jsonl", last) if kind in (None, r["kind"])]
+    return pd.DataFrame(rows, columns=None if rows else ["kind", "step"])
+
+
+def _rows(path: Path, last: bool = False) -> list[dict[str, Any]]:
+    rows = []
     if path.exists():
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES) if last else 0)
-            rows = _parse(file.read().decode(errors="replace"))
-    rows = [row for row in rows if kind in (None, row["kind"])]
-    return pd.DataFrame(rows) if rows else pd.DataFrame(columns=["kind", "step"])
-
-
-def _parse(text: str) -> list[dict[str, Any]]:
-    rows = []
-    for line in text.splitlines():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and "kind" in row]
+            for line in file:
+                with contextlib.suppress(ValueError):  # a half-written line
+                    rows.append(json.loads(line))
+    return rows

@@ -70,16 +70,14 @@ class Training:
     def __init__(self, *runs: Path, watched: bool = False, job: tuple[str, ...] = ()):
         self.run = runs[0]
         launcher = ("torch.distributed.run", "--standalone", *job, "-m") if job else ()
+        options = ("--watched",) if watched else ()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", *launcher, "llmlib.train", *map(str, runs)],
+            [sys.executable, "-m", *launcher, "llmlib.train", *options, *map(str, runs)],
             stdin=subprocess.PIPE if watched else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        if watched:
-            self.process.stdin.write("watched\n")
-            self.process.stdin.flush()
 
     def wait_for_step(self, step: int) -> None:
         """Wait until the run has logged a step; a process that ends before is a failure."""

@@ -5,14 +5,14 @@ import signal
 
 import pytest
 
-from llmlib import checkpoint, locks, runs
+from llmlib import checkpoint, runs
 from llmlib.config import override
 from llmlib.tests.conftest import FP32, SMOKE
 from llmlib.train import Stopped, Trainer
 
 JOB = ("--nproc-per-node", "2")
-CONFIG = override(FP32, micro_batch=4, grad_accum=4, n_evals=1)
-LONG = override(CONFIG, budget_steps=60, checkpoint_minutes=0.005)
+SHORT = override(FP32, micro_batch=4, grad_accum=4, n_evals=1)
+LONG = override(SHORT, budget_steps=60, checkpoint_minutes=0.005)
 
 
 def losses(run):
@@ -21,42 +21,41 @@ def losses(run):
     return rows.loss.tolist()
 
 
-def train_alone(run, tokens, config):
-    runs.create_run(run, SMOKE.model, config, tokens)
-    return Trainer(run)
-
-
 @pytest.fixture(scope="module")
 def alone(smoke_tokens, tmp_path_factory):
-    """The losses of the long run in one process."""
+    """The long run in one process."""
     run = tmp_path_factory.mktemp("distributed") / "alone"
-    train_alone(run, smoke_tokens, override(LONG, checkpoint_minutes=10)).run()
-    return losses(run)
+    runs.create_run(run, SMOKE.model, override(LONG, checkpoint_minutes=10), smoke_tokens)
+    Trainer(run).run()
+    return run
 
 
-def test_two_processes_reproduce_the_losses_of_one(
-    make_run, start_training, smoke_tokens, tmp_path
+def test_two_processes_equal_one_though_one_of_them_is_killed_and_the_job_restarts(
+    make_run, start_training, alone
 ):
-    train_alone(tmp_path / "alone", smoke_tokens, CONFIG).run()
-    run = make_run(CONFIG)
-    status, output = start_training(run, job=JOB).finish()
+    run = make_run(LONG)
+    job = start_training(run, job=(*JOB, "--max-restarts", "1"))
+    job.wait_for_step(10)
+    os.kill(job.workers()[0], signal.SIGKILL)  # the main one
+    status, output = job.finish()
     assert status == 0, output
-    assert losses(run) == pytest.approx(losses(tmp_path / "alone"), rel=1e-5)
-    result = runs.read_json(run / "result.json")
-    reference = runs.read_json(tmp_path / "alone" / "result.json")
+    assert output.count("went back to step") == 1
+    assert losses(run)[:20] == pytest.approx(losses(alone)[:20], rel=1e-5)
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-4)
+    result, reference = runs.read_result(run), runs.read_result(alone)
     assert result["n_processes"] == 2 and reference["n_processes"] == 1
-    assert result["tokens_per_step"] == reference["tokens_per_step"]
-    assert result["val"]["loss"] == pytest.approx(reference["val"]["loss"], rel=1e-5)
+    assert result["n_tokens"] == reference["n_tokens"]
+    assert result["val"]["loss"] == pytest.approx(reference["val"]["loss"], rel=1e-4)
 
 
 def test_killed_process_ends_the_job_and_its_checkpoint_serves_other_numbers_of_processes(
-    make_run, start_training, smoke_tokens, alone
+    make_run, start_training, alone
 ):
     run = make_run(LONG)
-    first = train_alone(run, smoke_tokens, LONG)
+    first = Trainer(run)  # one process
     first.must_stop = lambda: "tested" if first.state.step == 20 else None
     with pytest.raises(Stopped):
-        first.run()  # one process
+        first.run()
     job = start_training(run, job=JOB)  # two go on
     job.wait_for_step(35)
     os.kill(job.workers()[1], signal.SIGKILL)
@@ -67,47 +66,19 @@ def test_killed_process_ends_the_job_and_its_checkpoint_serves_other_numbers_of_
     assert "went back to step 20" in output
     assert 20 < int(checkpoint.newest_valid(run / "checkpoints").name) <= job.steps()[-1]
     assert not (run / "result.json").exists()
-    train_alone(run, smoke_tokens, LONG).run()  # one again
-    assert losses(run) == pytest.approx(alone, rel=1e-4)
+    Trainer(run).run()  # one again
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-4)
 
 
-def test_restarting_job_goes_on_after_a_process_is_killed(
-    make_run, start_training, smoke_tokens, alone
-):
-    run = make_run(LONG)
-    job = start_training(run, job=(*JOB, "--max-restarts", "1"))
-    job.wait_for_step(20)
-    os.kill(job.workers()[0], signal.SIGKILL)  # the one that leads
-    status, output = job.finish()
-    assert status == 0, output
-    assert output.count("went back to step") == 1
-    assert losses(run) == pytest.approx(alone, rel=1e-4)
-
-
-def test_job_stops_on_a_signal_and_has_saved(make_run, start_training, smoke_tokens):
-    run = make_run(override(LONG, budget_steps=5000))
-    job = start_training(run, watched=True, job=JOB)
-    job.wait_for_step(10)
-    job.process.send_signal(signal.SIGTERM)
-    status, output = job.finish()
-    assert status != 0
-    newest = int(checkpoint.newest_valid(run / "checkpoints").name)
-    assert f": saved and stopped at step {newest}." in output  # by the signal, or by closed stdin
-
-
-def test_job_whose_launcher_is_gone_saves_and_leaves(make_run, start_training):
+@pytest.mark.parametrize("how", ["signal", "pipe"])
+def test_job_that_is_stopped_has_saved(make_run, start_training, how):
     run = make_run(override(LONG, budget_steps=10**6))
     job = start_training(run, watched=True, job=JOB)
     job.wait_for_step(1)
-    _, output = job.finish()  # closes the pipe
-    newest = int(checkpoint.newest_valid(run / "checkpoints").name)
-    assert f"the watching process is gone: saved and stopped at step {newest}." in output
-
-
-def test_locked_run_refuses_the_whole_job(make_run, start_training, smoke_tokens):
-    run = make_run(CONFIG)
-    with locks.lock(run):
-        status, output = start_training(run, job=JOB).finish()
+    if how == "signal":
+        job.process.send_signal(signal.SIGTERM)
+    status, output = job.finish()  # closes the pipe
     assert status != 0
-    assert f"error: {run.name} is in use by process {os.getpid()}" in output
-    assert not (run / "checkpoints").exists()
+    newest = int(checkpoint.newest_valid(run / "checkpoints").name)
+    reason = "" if how == "signal" else "the watching process is gone"  # the signal, or the pipe
+    assert f"{reason}: saved and stopped at step {newest}." in output

@@ -1,6 +1,8 @@
 """Starting, watching, interrupting and attaching to training processes."""
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from llmlib.config import override
 from llmlib.tests.conftest import FP32
 
 ENDLESS = override(FP32, budget_steps=10**6, checkpoint_minutes=0.01)
-SHORT = override(FP32, budget_steps=5)
+SHORT = override(FP32, budget_steps=5, eval_all=False)
 
 
 @pytest.fixture(autouse=True)
@@ -20,97 +22,8 @@ def often(monkeypatch):
     monkeypatch.setattr(launch, "POLL_SECONDS", 0.02)
 
 
-def test_run_is_trained_and_its_result_returned_once(make_run, capsys):
-    run = make_run(SHORT)
-    result = launch.run_training(run)
-    assert result["n_steps"] == 5 and result == runs.read_result(run)
-    assert "100%" in capsys.readouterr().out
-    metrics = (run / "metrics.jsonl").read_bytes()
-    assert launch.run_training(run) == result
-    assert (run / "metrics.jsonl").read_bytes() == metrics
-
-
-def test_mistake_is_the_readers_and_other_ends_show_the_log(make_run):
-    run = make_run(override(FP32, lr=1e30, grad_clip=1e30))
-    with pytest.raises(RuntimeError, match=r"(?s)status 3; .*train\.log.*not finite"):
-        launch.run_training(run)
-    broken = make_run(SHORT)
-    config = runs.read_json(broken / "config.json")
-    runs.write_json(broken / "config.json", config | {"tokens_dir": "nowhere"})
-    with pytest.raises(ValueError, match="run 01_data_prep first"):
-        launch.run_training(broken)
-
-
-def once_it_trains(run, act):
-    """Act when the run has logged a step."""
-
-    def wait():
-        while runs.read_metrics(run, "step").empty:
-            time.sleep(0.02)
-        act()
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def test_interrupting_the_cell_saves_the_run_first(make_run):
-    run = make_run(ENDLESS)
-    once_it_trains(run, lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        launch.run_training(run)
-    assert locks.lock_owner(run) is None
-    newest = int(checkpoint.newest_valid(run / "checkpoints").name)
-    assert newest == runs.read_metrics(run, "step").step.max()
-    assert "received SIGINT: saved and stopped" in launch.log_tail(run)
-
-
-def test_run_whose_launcher_is_gone_saves_and_leaves(make_run):
-    run = make_run(ENDLESS)
-    process = launch.start([run])
-    while runs.read_metrics(run, "step").empty:
-        assert process.poll() is None, launch.log_tail(run)
-        time.sleep(0.02)
-    process.stdin.close()
-    assert process.wait() == 143
-    assert "the watching process is gone: saved and stopped" in launch.log_tail(run)
-
-
-def test_launching_again_attaches_to_a_run_that_is_still_there(make_run, capsys, monkeypatch):
-    run = make_run(SHORT)
-    owners = iter(["process 1 on here", "process 1 on here"])
-    monkeypatch.setattr(launch.locks, "lock_owner", lambda _: next(owners, None))
-    assert launch.run_training(run)["n_steps"] == 5
-    assert "attached to process 1 on here" in capsys.readouterr().out
-
-
-def test_many_runs_are_trained_and_a_failure_keeps_no_other(make_run, capsys):
-    good = [make_run(SHORT) for _ in range(3)]
-    bad = make_run(override(FP32, lr=1e30, grad_clip=1e30))
-    launch.run_many([bad, *good])
-    assert [runs.read_result(run)["n_steps"] for run in good] == [5, 5, 5]
-    assert runs.read_result(bad) is None
-    assert capsys.readouterr().out.endswith("3/4 runs done")
-
-
-def test_interrupting_many_runs_stops_them_all(make_run):
-    many = [make_run(ENDLESS) for _ in range(2)]
-    once_it_trains(many[0], lambda: signal.raise_signal(signal.SIGINT))
-    with pytest.raises(KeyboardInterrupt):
-        launch.run_many(many)
-    assert [locks.lock_owner(run) for run in many] == [None, None]
-
-
-def test_progress_says_where_a_run_is(make_run):
-    run = make_run()
-    assert launch.progress_line(run).startswith("starting")
-    row = {"step": 5, "progress": 0.5, "loss": 3.25, "tokens_per_s": 12_345.6, "mfu": None}
-    runs.MetricLog(run).write("step", **row, seconds_left=3723.0)
-    line = launch.progress_line(run)
-    for part in ("██████████░", " 50% ", "step 5", "3.250", "12,346", "MFU n/a", "1:02:03 left"):
-        assert part in line
-
-
 class Front(SimpleNamespace):
-    """A notebook's front end with a person at it, which notes what it is shown."""
+    """A notebook's front end with a person at it."""
 
     def get_parent(self):
         return {"content": {"allow_stdin": True}}
@@ -126,6 +39,81 @@ def test_notebook_sees_one_line_and_one_curve_updated_in_place(make_run, monkeyp
     monkeypatch.setattr(plots, "get_ipython", Front)
     monkeypatch.setattr(launch, "display", display)
     monkeypatch.setattr(launch, "CURVE_SECONDS", 0.0)
-    launch.run_training(run)
+    result = launch.run_training(run)
+    assert result["n_steps"] == 5 and result == runs.read_result(run)
     assert [type(what).__name__ for what in shown if what != "update"] == ["dict", "Figure"]
     assert shown.count("update") > 0
+    monkeypatch.setattr(launch, "start", None)  # calling it would fail
+    assert launch.run_training(run) == result
+    launch.run_many([run])
+    launch.run_many([])
+
+
+def test_mistake_is_the_readers_and_other_ends_show_the_log(make_run, monkeypatch):
+    run = make_run(SHORT)
+    for status, error, message in (
+        (2, ValueError, "^lr=-1 is not positive"),
+        (3, RuntimeError, r"(?s)status 3; .*train\.log:.*lr=-1 is not positive"),
+    ):
+        (run / "train.log").write_text("a line\nerror: lr=-1 is not positive\n")
+        process = [sys.executable, "-c", f"raise SystemExit({status})"]
+        started = subprocess.Popen(process, stdin=subprocess.PIPE)
+        monkeypatch.setattr(launch, "start", lambda *_, started=started, **__: started)
+        with pytest.raises(error, match=message):
+            launch.run_training(run)
+
+
+def test_interrupting_the_cell_saves_the_run_first(make_run):
+    run = make_run(ENDLESS)
+
+    def press_ctrl_c_once_it_trains():
+        while runs.read_metrics(run, "step").empty:
+            time.sleep(0.02)
+        signal.raise_signal(signal.SIGINT)
+
+    threading.Thread(target=press_ctrl_c_once_it_trains, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        launch.run_training(run)
+    assert locks.lock_owner(run) is None
+    newest = int(checkpoint.newest_valid(run / "checkpoints").name)
+    assert newest == runs.read_metrics(run, "step").step.max()
+    assert "the watching process is gone: saved and stopped" in launch.log_tail(run)
+
+
+def test_launching_again_attaches_to_a_run_that_is_still_there(make_run, capsys, monkeypatch):
+    run, polls = make_run(SHORT), []
+
+    def lock_owner(run):  # until it has finished
+        polls.append(run)
+        if len(polls) == 3:
+            runs.write_json(run / "result.json", {"n_steps": 5})
+        return "process 1 on here"
+
+    monkeypatch.setattr(launch.locks, "lock_owner", lock_owner)
+    assert launch.run_training(run) == {"n_steps": 5}
+    assert capsys.readouterr().out.count("attached to process 1 on here") == 3
+
+
+def test_many_runs_are_trained_and_each_failure_stands_in_its_own_log(
+    make_run, capsys, monkeypatch
+):
+    monkeypatch.setattr(runs, "n_cores", lambda: 2)
+    good = [make_run(SHORT) for _ in range(2)]
+    bad, broken = make_run(override(FP32, lr=1e30, grad_clip=1e30)), make_run(SHORT)
+    (broken / "checkpoints").write_text("in the way")
+    launch.run_many([good[0], bad, broken, good[1]])
+    assert [runs.read_result(run)["n_steps"] for run in good] == [5, 5]
+    assert runs.read_result(bad) is None
+    assert capsys.readouterr().out.endswith("2/4 runs done")
+    assert "error: losses at step" in launch.log_tail(bad, n_lines=1)
+    assert "checkpoint could not be saved" in launch.log_tail(broken, n_lines=1)
+
+
+def test_progress_says_where_a_run_is(make_run):
+    run = make_run()
+    assert launch.progress_line(run).startswith("starting")
+    row = {"step": 5, "progress": 0.5, "loss": 3.25, "tokens_per_s": 12_345.6, "mfu": None}
+    runs.MetricLog(run).write("step", **row, seconds_left=3723.0)
+    line = launch.progress_line(run)
+    for part in ("██████████░", " 50% ", "step 5", "3.250", "12,346", "MFU n/a", "1:02:03 left"):
+        assert part in line
