@@ -231,7 +231,7 @@ def choose_micro_batch(table: pd.DataFrame) -> dict[str, int]:
 
 
 def tokenising_routes(config: DataConfig, n_repeats: int) -> pd.DataFrame:
-    """Time ``prepare`` beside ``datasets.map`` and a flat file, as nanoGPT's prepare.py does it.
+    """Time ``prepare`` beside ``datasets.map`` and a flat file (nanoGPT's prepare.py, written faster).
 
     Each in a process of its own, in turns, with the same tokenizer, to as many tokens; medians.
     Reading the corpus's files counts for ``prepare`` only.
