@@ -131,6 +131,7 @@ class TrainConfig:
     eval_windows: int = 1024  # validation windows at most, always the same
     eval_all: bool = True  # the final validation takes the whole split
     checkpoint_minutes: float = 10.0
+    keep_weights: bool = True  # when it is finished
     compile: bool = True
     dtype: str | None = None  # of matrix products; None: bf16 where the hardware has it, else fp32
     tracker: str | None = None  # "tensorboard": a copy of the metrics for it

@@ -26,6 +26,7 @@ PIECE = re.compile(rb".{10000,}?\n\r?\n|.+", re.DOTALL)  # of a lone text file: 
 FILES_PER_SHARD = 256  # text files that make one shard
 ROWS_PER_READ = 64  # so that even rows of a megabyte need little memory
 NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "encodings"}
+NEAREST = "-p corpus HuggingFaceFW/fineweb -p subset sample-10BT"  # to SlimPajama, on the hub
 DOMAIN = "redpajama_set_name"  # the field of ``meta`` that names it
 
 
@@ -127,10 +128,13 @@ def _explained(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise ValueError(
+        text = (
             f"{what}: {reason}. Check name, files and network, then run again: a corpus is a file, a "
             "folder, a hub id or 'stdlib', and finished shards are kept."
-        ) from error
+        )
+        if type(error).__name__ == "DatasetNotFoundError":
+            text += f" If it has gone from the hub, {NEAREST} is near it; losses do not compare."
+        raise ValueError(text) from error
 
 
 def count_documents(corpus: Corpus) -> int:

@@ -51,7 +51,8 @@ def run_study(record: runs.Record, name: str, settings: Settings, tokens_dir: Pa
 
     def train_all() -> pd.DataFrame:
         for label, (model, train) in settings.items():
-            runs.create_run(folders[label], model, train, tokens_dir)
+            light = override(train, keep_weights=False)  # many runs' would fill a disk
+            runs.create_run(folders[label], model, light, tokens_dir)
         launch.run_many(list(folders.values()))
         return pd.DataFrame([{"run": label} | _row(run) for label, run in folders.items()])
 

@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import select
+import shutil
 import signal
 import sys
 import traceback
@@ -173,7 +174,10 @@ class Trainer(ResumableRun):
             self.save()
 
     def _finish(self) -> dict[str, Any]:
-        """Evaluate off the clock, on the whole split if so asked, and write weights and result."""
+        """Evaluate off the clock, on the whole split if so asked, and write weights and result.
+
+        A finished run needs no checkpoint.
+        """
         self.state.is_over, result = True, {}
         if step.is_main():
             if failure := self.save_now():
@@ -181,9 +185,11 @@ class Trainer(ResumableRun):
             windows = self.eval_windows(None) if self.config.eval_all else self.windows
             final = step.evaluate(self.model, windows, self.device, self.dtype)
             result = self.summary() | {"val": final, "val_sha256": data.sha256(windows)}
-            save_file(self.model.state_dict(), self.path / "model.safetensors")
-            checkpoint.sync(self.path / "model.safetensors")
-            runs.write_json(self.path / "result.json", result)  # last: it means done
+            if self.config.keep_weights:
+                save_file(self.model.state_dict(), self.path / "model.safetensors")
+                checkpoint.sync(self.path / "model.safetensors")
+            runs.write_json(self.path / "result.json", result)  # it means done
+            shutil.rmtree(self.saver.folder)
         step.broadcast(0.0)
         return result
 

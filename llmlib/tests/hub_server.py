@@ -66,6 +66,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
+        if not self.server.commits:  # as it answers for a data set that has gone
+            return self._answer(401, **{"X-Error-Code": "RepoNotFound"})
         path = unquote(urlsplit(self.path).path)
         self.server.log.append((self.command, path, self.headers.get("Range")))
         kind, revision, name = match.groups() if (match := PATH.fullmatch(path)) else ("", "", "")

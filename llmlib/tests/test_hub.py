@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llmlib import prepare, runs
+from llmlib import corpus, prepare, runs
 from llmlib.config import DataConfig
 from llmlib.tests import hub_server
 
@@ -105,3 +105,9 @@ def test_rows_of_a_csv_data_set_are_documents(hub, tmp_path):
     hub.commit({"README.md": b"A table.", "data/train.csv": csv.encode()})
     _prepare(hub, tmp_path)
     _assert_same_as_local(tmp_path, {"train.parquet": hub_server.parquet(rows)})
+
+
+def test_for_a_data_set_that_has_gone_the_nearest_one_is_named(hub, tmp_path):
+    _, message = _prepare(hub, tmp_path)
+    for part in ("'me/pajama' could not be opened", corpus.NEAREST, "losses do not compare"):
+        assert part in message

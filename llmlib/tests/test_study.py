@@ -65,6 +65,13 @@ def test_equal_settings_give_equal_losses(studied):
     assert table.status["a"] == "finished" and table.n_tokens["a"] == 4096
 
 
+def test_finished_run_leaves_its_rows_and_its_result_but_nothing_large(studied):
+    record, _, _ = studied
+    run = record.path / "trials" / "trials" / "a"
+    assert {"config.json", "metrics.jsonl", "result.json"} <= {p.name for p in run.iterdir()}
+    assert not (run / "checkpoints").exists() and not (run / "model.safetensors").exists()
+
+
 def test_failed_run_is_a_row_that_says_why(studied):
     _, _, table = studied
     assert table.status["bad"].startswith("failed: ") and "not finite" in table.status["bad"]

@@ -52,18 +52,14 @@ def main(*runs):
 
 
 def assert_same_run(run, reference):
-    """Same steps, losses, weights and optimizer, bit by bit."""
+    """Same steps, losses and weights, bit by bit."""
     ours, theirs = table(run), table(reference)
     assert ours.step.tolist() == theirs.step.tolist()
     for column in ("loss", "grad_norm", "lr", "progress"):
         assert ours[column].tolist() == theirs[column].tolist()
     assert table(run, "eval").val_loss.tolist() == table(reference, "eval").val_loss.tolist()
-    files = ["weights.safetensors", "optimizer.safetensors"]
-    last = f"checkpoints/{theirs.step.max():08d}"
-    for file in ["model.safetensors", *(f"{last}/{name}" for name in files)]:
-        a, b = load_file(run / file), load_file(reference / file)
-        assert a.keys() == b.keys()
-        assert all(torch.equal(a[name], b[name]) for name in a), file
+    a, b = (load_file(path / "model.safetensors") for path in (run, reference))
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def stop_after(trainer, n_steps):
@@ -287,8 +283,8 @@ def test_what_would_not_fit_is_moved_behind_the_end(tmp_path, smoke_tokens, monk
     result = trainer(tmp_path / "saving", smoke_tokens, hours(100, n_evals=1)).run()
     assert result["seconds"]["checkpoint"] == 20.0  # one; the next was due with 20 s left
     assert 99 <= sum(result["seconds"].values()) <= 100
-    newest = checkpoint.newest_valid(tmp_path / "saving" / "checkpoints")
-    assert int(newest.name) == result["n_steps"]
+    assert not (tmp_path / "saving" / "checkpoints").exists()  # weights and result are enough
+    assert (tmp_path / "saving" / "model.safetensors").exists()
 
 
 def test_resumed_clock_counts_lost_work_but_not_the_pause(tmp_path, smoke_tokens, monkeypatch):
