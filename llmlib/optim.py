@@ -141,10 +141,6 @@ class Sophia(torch.optim.Optimizer):
     def hessian_is_due(self) -> bool:
         return self.n_steps % self.HESSIAN_INTERVAL == 0
 
-    @property
-    def n_hessian_passes(self) -> int:
-        return -(-self.n_steps // self.HESSIAN_INTERVAL)
-
     def estimate_hessian(self, model: nn.Module, inputs: Tensor) -> None:
         """Take inputs (n_sequences, T) into the estimate: about one and a third passes over them.
 
