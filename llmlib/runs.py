@@ -157,10 +157,14 @@ def open_record(
     return Record(runs_folder(scale, runs_dir) / name, config)
 
 
-def load_summary(name: str, *, scale: str, runs_dir: str | Path = "") -> dict[str, Any]:
-    """Read the summary of an earlier notebook's record."""
+def load_summary(
+    name: str, *, scale: str, runs_dir: str | Path = "", default: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Read the summary of an earlier notebook's record; without one, the default if there is one."""
     folder = runs_folder(scale, runs_dir) / name
     if not (folder / "summary.json").exists():
+        if default is not None:
+            return default
         raise ValueError(
             f"run {name} first: there is no finished record at {folder} "
             f"(python -m llmlib run --scale {scale} --only {name})."
