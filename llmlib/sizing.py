@@ -31,6 +31,9 @@ PEAK_BF16_FLOPS_PER_S = {
     "RTX 3090": 71e12,
     "RTX 4090": 165e12,
 }
+# Their memory [GB]; of two sizes the smaller.
+MEMORY_GB = {"A10": 24, "A10G": 24, "A100": 40, "H100": 80, "H200": 141, "L4": 24, "L40S": 48}
+MEMORY_GB |= {"RTX 3090": 24, "RTX 4090": 24}
 OTHER_CHIPS = {"MIG", "NVL", "Laptop", "D", "Ti", "SUPER"}  # share a name, not a peak
 # Of a hidden parameter: what the optimizer keeps, and what it needs besides while it steps [bytes].
 OPTIMIZER_BYTES = {"adamw": (8, 0), "muon": (4, 8), "sophia": (8, 9), "sophia_writeup": (8, 9)}
@@ -38,14 +41,14 @@ HUBER_DELTA = 1e-3  # on log loss, summed over points: both papers
 MAX_EXPONENT = 5.0  # of the fit
 
 
-def datasheet_peak(device_name: str) -> float | None:
+def datasheet_peak(device_name: str, table: dict = PEAK_BF16_FLOPS_PER_S) -> float | None:
     """Look up a GPU's dense bf16 peak by the name its driver gives [FLOP/s], None if unknown."""
     words = device_name.replace("-", " ").split()
     if OTHER_CHIPS & set(words):
         return None
-    for name in sorted(PEAK_BF16_FLOPS_PER_S, key=len, reverse=True):
+    for name in sorted(table, key=len, reverse=True):
         if set(name.split()) <= set(words):
-            return PEAK_BF16_FLOPS_PER_S[name]
+            return table[name]
     return None
 
 

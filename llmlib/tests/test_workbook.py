@@ -172,6 +172,13 @@ def test_sample_and_export_use_a_run(smoke_records, llmlib, tmp_path):
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
+def test_plan_prints_where_every_line_is_from(llmlib):
+    status, output, errors = llmlib("plan", "--hours", 1, "--gpu", "H200")
+    assert status == 0, errors
+    kinds = ("measured", "computed", "assumed")
+    assert all(any(kind in line for kind in kinds) for line in output.splitlines()[1:])
+
+
 # ------------------------------------------------------------------ requests
 
 
@@ -183,8 +190,9 @@ def test_sample_and_export_use_a_run(smoke_records, llmlib, tmp_path):
         (["run", "-p", "learning_rate", "1"], ["learning_rate", "lr"]),
         (["run", "--only", "05", "-p", "lr", "fast"], ["lr", "fast", "float"]),
         (["sample", "no/such/run", "x"], ["no/such/run", "finished"]),
+        (["plan", "--gpu", "V100"], ["V100", "A100"]),
     ],
-    ids=lambda value: "-".join(value[:3]) if value[0] in ("run", "sample") else None,
+    ids=lambda value: "-".join(value[:3]) if value[0] in ("run", "sample", "plan") else None,
 )
 def test_wrong_requests_end_with_status_2_and_the_remedy(arguments, words, llmlib):
     status, _, errors = llmlib(*arguments)
