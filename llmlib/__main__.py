@@ -1,5 +1,5 @@
 """The command line: ``run`` executes the workbook, ``sample`` continues a prompt, ``export`` writes
-a run's model for Hugging Face's transformers.
+a run's model for Hugging Face's transformers, ``plan`` says what a run will be.
 
 A notebook whose record is done, and whose parameters and source have not changed since, is not run
 again; once one has run, those after it run too, and reload what is still valid. Exit status: 0 done,
@@ -22,7 +22,7 @@ import nbformat
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from llmlib import inference, launch, runs
+from llmlib import inference, launch, plan, runs
 from llmlib.config import SCALES
 
 NOTEBOOKS = runs.ROOT / "notebooks"
@@ -194,12 +194,20 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("export", help="write a run's model for Hugging Face").add_argument
     add("run", **run)
     add("folder", type=Path, help="folder to write: new or empty")
+
+    add = commands.add_parser("plan", help="say what a full run will be").add_argument
+    add("--scale", default="a100", choices=SCALES)
+    add("--hours", type=float, default=3.0)
+    add("--gpu", default="", help="a card: 'A100 80GB' (what 02_throughput measured, or an A100)")
+    add("--runs-dir", default="", help="where records are (runs/local/SCALE)")
     return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = vars(build_parser().parse_args(arguments))
-    command = {"run": run_all, "sample": sample, "export": export}[options.pop("command")]
+    commands = {"run": run_all, "sample": sample, "export": export}
+    commands["plan"] = lambda **how: print(plan.make_plan(**how).to_string(index=False))
+    command = commands[options.pop("command")]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # also where SIGINT is ignored
     try:
         command(**options)

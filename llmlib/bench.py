@@ -29,7 +29,7 @@ from llmlib.config import DataConfig, ModelConfig, TrainConfig, resize, with_mic
 from llmlib.inference import hf_model
 from llmlib.model import build_model
 from llmlib.optim import build_optimizer
-from llmlib.sizing import count_params, flops_per_token
+from llmlib.sizing import count_params, flops_per_token, step_memory
 from llmlib.tokenizer import load_tokenizer
 
 SHAPES = {  # (n_layer, d_model): about as many parameters as the model but deeper, then others
@@ -124,9 +124,24 @@ def measure(variants: list[Variant], *, n_rounds: int, n_steps: int) -> pd.DataF
     """Time each variant in turns with the first, a few steps each, in a process of their own.
 
     The lowest and highest of five turns enclose the true median 15 times in 16. A variant that does
-    not run, or whose memory ends, is a row with a note. Two are in memory at a time.
+    not run, or whose memory ends, is a row with a note. The first begins alone, and one other at a
+    time is beside it; if the device has no memory for two, by estimate, the other is timed in a
+    process without the first, against the first's median alone, and a note says so.
     """
-    return in_process(_take_turns, variants, n_rounds, n_steps)
+    turns, room = (n_rounds, n_steps), 0.9 * (runs.environment()["memory_bytes"] or np.inf)
+    ours, *others = variants
+    beside = [v for v in others if _memory(ours) + _memory(v) <= room]
+    rows = in_process(_take_turns, [ours, *beside], *turns)
+    reference = ours.train.n_sequences * ours.model.seq_len / rows[0]["tokens_per_s"]
+    rows += [in_process(_time, v, reference, *turns) for v in others if v not in beside]
+    return pd.DataFrame(rows).set_index("name").loc[[v.name for v in variants]].reset_index()
+
+
+def _memory(variant: Variant) -> int:
+    """Estimate the memory of a step [bytes]; transformers' loss forms all logits at once."""
+    model, train = variant.model, variant.train
+    all_logits = train.micro_batch * model.seq_len * model.vocab_size
+    return step_memory(model, train) + 16 * all_logits * (variant.change == "transformers")
 
 
 def in_process(function: Callable, *arguments: Any) -> Any:
@@ -137,23 +152,31 @@ def in_process(function: Callable, *arguments: Any) -> Any:
         return process.submit(function, *arguments).result()
 
 
-def _take_turns(variants: list[Variant], n_rounds: int, n_steps: int) -> pd.DataFrame:
-    torch._dynamo.config.recompile_limit = 64  # variants are many graphs of the same code
+def _take_turns(variants: list[Variant], n_rounds: int, n_steps: int) -> list[dict[str, Any]]:
     ours = TimedStep(variants[0])
     alone = [ours.take(n_steps) for _ in range(n_rounds)]
-    rows = [_row(variants[0], alone, alone)]
-    for variant in variants[1:]:
-        try:
-            other = TimedStep(variant)
-            turns = [(other.take(n_steps), ours.take(n_steps)) for _ in range(n_rounds)]
-            rows.append(_row(variant, *zip(*turns, strict=True)))
-        except (RuntimeError, ValueError) as error:
-            note = f"failed: {str(error).strip().splitlines()[0]:.120}"
-            rows.append(_row(variant, [np.nan], [np.nan]) | {"note": note})
+    others = [_time(variant, ours, n_rounds, n_steps) for variant in variants[1:]]
+    return [_row(variants[0], alone, alone), *others]
+
+
+def _time(variant: Variant, ours: TimedStep | float, n_rounds: int, n_steps: int) -> dict:
+    """Time a variant in turns with ours, or alone against the time of ours [s]; return its row."""
+    is_alone = isinstance(ours, float)
+    torch._dynamo.config.recompile_limit = 64  # variants are many graphs of the same code
+    try:
+        other = TimedStep(variant)
+        turns = [
+            (other.take(n_steps), ours if is_alone else ours.take(n_steps)) for _ in range(n_rounds)
+        ]
+        note = "timed alone: no memory for two" if is_alone else ""
+        return _row(variant, *zip(*turns, strict=True)) | {"note": note}
+    except (RuntimeError, ValueError) as error:
+        note = f"failed: {str(error).strip().splitlines()[0]:.120}"
+        return _row(variant, [np.nan], [np.nan]) | {"note": note}
+    finally:
         other = None
         gc.collect()
         torch.cuda.empty_cache()
-    return pd.DataFrame(rows)
 
 
 def _row(variant: Variant, seconds: list[float], reference: list[float]) -> dict[str, Any]:

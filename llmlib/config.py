@@ -11,6 +11,7 @@ SECONDS_PER_HOUR = 3600.0
 BUDGETS = ("budget_hours", "budget_tokens", "budget_steps")
 OPTIMIZERS = ("adamw", "muon", "sophia", "sophia_writeup")
 SCHEDULES = ("one_cycle", "one_cycle_unfinished", "cosine", "linear", "wsd")
+LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**29}  # in memory; a CPU's caches hold hardly more
 
 
 def _one_of(name: str, value: Any, known: Any) -> None:

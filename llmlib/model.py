@@ -14,9 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from llmlib.config import ModelConfig
-
-LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**29}  # in memory; a CPU's caches hold hardly more
+from llmlib.config import LOGITS_AT_ONCE, ModelConfig
 
 
 class Cache:

@@ -53,7 +53,7 @@ def n_cores() -> int:
 
 
 def environment() -> dict[str, Any]:
-    """Describe where a run happens: device, processor, versions, commit.
+    """Describe where a run happens: device and its memory, processor, versions, commit.
 
     Of the processor, where Linux tells: its name and the units that decide its data type.
     """
@@ -66,6 +66,7 @@ def environment() -> dict[str, Any]:
     status, commit = subprocess.getstatusoutput(f"git -C '{ROOT}' describe --always --dirty")
     return {
         "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "memory_bytes": torch.cuda.get_device_properties().total_memory if cuda else None,
         "n_devices": torch.cuda.device_count() if cuda else 1,
         "processor": f"{name[1] if name else platform.machine()} ({', '.join(units)})",
         "n_cores": n_cores(),
@@ -156,10 +157,14 @@ def open_record(
     return Record(runs_folder(scale, runs_dir) / name, config)
 
 
-def load_summary(name: str, *, scale: str, runs_dir: str | Path = "") -> dict[str, Any]:
-    """Read the summary of an earlier notebook's record."""
+def load_summary(
+    name: str, *, scale: str, runs_dir: str | Path = "", default: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Read the summary of an earlier notebook's record; without one, the default if there is one."""
     folder = runs_folder(scale, runs_dir) / name
     if not (folder / "summary.json").exists():
+        if default is not None:
+            return default
         raise ValueError(
             f"run {name} first: there is no finished record at {folder} "
             f"(python -m llmlib run --scale {scale} --only {name})."

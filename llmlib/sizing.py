@@ -1,4 +1,4 @@
-"""Counting, peaks, and how big a model a budget should train. No torch.
+"""Counting, peaks, memory, and how big a model a budget should train. No torch.
 
 Symbols as in the scaling-law papers: N parameters, D tokens, C FLOPs. The loss surface
 L(N, D) = E + A/N^alpha + B/D^beta is fitted as Hoffmann et al. 2022 (arXiv:2203.15556) did, with the
@@ -6,6 +6,7 @@ objective that Besiroglu et al. 2024 (arXiv:2404.10102) set right; measured spee
 time. N counts the tied embedding once: use one count for points, speeds and sizes alike.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import ArrayLike
 from scipy.interpolate import make_interp_spline
 from scipy.optimize import OptimizeResult, least_squares
 
-from llmlib.config import ModelConfig
+from llmlib.config import LOGITS_AT_ONCE, ModelConfig, TrainConfig, with_micro_batch
 
 # Dense bf16 peaks from NVIDIA's datasheets [FLOP/s], by the words of the name that the driver
 # gives. A device that is not here has no datasheet MFU: never a guess.
@@ -30,19 +31,24 @@ PEAK_BF16_FLOPS_PER_S = {
     "RTX 3090": 71e12,
     "RTX 4090": 165e12,
 }
+# Their memory [GB]; of two sizes the smaller.
+MEMORY_GB = {"A10": 24, "A10G": 24, "A100": 40, "H100": 80, "H200": 141, "L4": 24, "L40S": 48}
+MEMORY_GB |= {"RTX 3090": 24, "RTX 4090": 24}
 OTHER_CHIPS = {"MIG", "NVL", "Laptop", "D", "Ti", "SUPER"}  # share a name, not a peak
+# Of a hidden parameter: what the optimizer keeps, and what it needs besides while it steps [bytes].
+OPTIMIZER_BYTES = {"adamw": (8, 0), "muon": (4, 8), "sophia": (8, 9), "sophia_writeup": (8, 9)}
 HUBER_DELTA = 1e-3  # on log loss, summed over points: both papers
 MAX_EXPONENT = 5.0  # of the fit
 
 
-def datasheet_peak(device_name: str) -> float | None:
+def datasheet_peak(device_name: str, table: dict = PEAK_BF16_FLOPS_PER_S) -> float | None:
     """Look up a GPU's dense bf16 peak by the name its driver gives [FLOP/s], None if unknown."""
     words = device_name.replace("-", " ").split()
     if OTHER_CHIPS & set(words):
         return None
-    for name in sorted(PEAK_BF16_FLOPS_PER_S, key=len, reverse=True):
+    for name in sorted(table, key=len, reverse=True):
         if set(name.split()) <= set(words):
-            return PEAK_BF16_FLOPS_PER_S[name]
+            return table[name]
     return None
 
 
@@ -70,6 +76,47 @@ def flops_per_token(config: ModelConfig) -> float:
     head = config.vocab_size * config.d_model
     attention = 12 * config.n_layer * config.d_model * config.seq_len
     return 6.0 * (_matmul_params_in_blocks(config) + head) + attention
+
+
+def step_memory(model: ModelConfig, train: TrainConfig) -> int:
+    """Estimate the most memory that a step holds on one GPU [bytes]: in eager mode, so an upper
+    bound for a compiled one.
+
+    A parameter has 4 bytes of weight, 4 of gradient and its optimizer state. A micro-batch adds
+    copies of the matrices in the data type of the products (``b`` bytes a number); per token and
+    layer, the inputs of norms (4) and of products, attention and activation (``b``); and the loss's
+    chunk of logits with what becomes of it (17 a logit; a later chunk begins while the one before
+    and its gradient of the head are there) or, if more, the head's gradient as it forms. Where
+    the optimizer needs more than all that while it steps, that is the peak.
+    """
+    d, b = model.d_model, 4 if train.dtype == "float32" else 2
+    hidden, head = _matmul_params_in_blocks(model), model.vocab_size * d
+    kept, stepping = OPTIMIZER_BYTES[train.optimizer]
+    always = 16 * count_params(model) + (kept - 8) * hidden
+    casts = b * (hidden + head) if b == 2 else 0
+    n_tokens = train.micro_batch * model.seq_len
+    per_layer = (18 + 5 * b) * d + 4 * b * model.d_ff
+    if model.arch == "gpt2":
+        per_layer = (8 + 6 * b) * d + 2 * b * model.d_ff
+    activations = n_tokens * (model.n_layer * per_layer + (8 + 2 * b) * d)
+    n_rows = 2 ** int(math.log2(max(LOGITS_AT_ONCE["cuda"] // model.vocab_size, 1)))
+    logits = min(n_rows, n_tokens) * model.vocab_size
+    loss = max(17 * logits, (5 + b) * logits + 8 * head)
+    if n_tokens > n_rows:
+        loss += b * logits + 4 * head
+    return always + max(casts + activations + loss, stepping * hidden)
+
+
+def fitting_micro_batch(model: ModelConfig, train: TrainConfig, memory_bytes: float | None) -> int:
+    """Return the largest divisor of a step's sequences that fits into 90 % of a card by estimate.
+
+    1 if none does, since a compiled step needs less; without a card (None) the config's own.
+    """
+    if memory_bytes is None:
+        return train.micro_batch
+    sizes, room = range(train.n_sequences, 1, -1), 0.9 * memory_bytes
+    cuts = (with_micro_batch(train, n) for n in sizes if train.n_sequences % n == 0)
+    return next((cut.micro_batch for cut in cuts if step_memory(model, cut) <= room), 1)
 
 
 def params_at_ratio(flops: float, ratio: float) -> float:

@@ -9,7 +9,7 @@ import torch
 
 from llmlib import bench
 from llmlib.bench import Variant, build_variant
-from llmlib.config import SCALES, DataConfig, override
+from llmlib.config import SCALES, DataConfig, override, resize
 from llmlib.model import build_model
 from llmlib.sizing import count_params, flops_per_token
 
@@ -51,6 +51,20 @@ def test_a_variant_that_fails_costs_one_row():
     assert row.speed_up_low <= row.speed_up <= row.speed_up_high
     assert row.flops_per_s == pytest.approx(row.tokens_per_s * flops_per_token(MODEL))
     assert row.claim == 1.5 and row.note == "" and table.speed_up["ours"] == 1
+
+
+def test_where_two_do_not_fit_each_is_timed_in_a_process_of_its_own(monkeypatch):
+    ours, plain = Variant("ours", MODEL, TRAIN), Variant("plain", MODEL, TRAIN)
+    small, calls, in_process = resize(MODEL, arch="llama", n_layer=1), [], bench.in_process
+    room = (bench._memory(ours) + bench._memory(plain)) * 0.99 / 0.9
+    monkeypatch.setattr(bench.runs, "environment", lambda: {"memory_bytes": room})
+    note = lambda function, *how: calls.append(function.__name__) or in_process(function, *how)  # noqa: E731
+    monkeypatch.setattr(bench, "in_process", note)
+    variants = [ours, plain, Variant("small", small, TRAIN)]
+    table = bench.measure(variants, n_rounds=1, n_steps=1)
+    assert calls == ["_take_turns", "_time"] and table.name.tolist() == ["ours", "plain", "small"]
+    assert table.note.tolist() == ["", "timed alone: no memory for two", ""]
+    assert table.speed_up[1] == pytest.approx(table.tokens_per_s[0] / table.tokens_per_s[1])
 
 
 def test_speed_up_is_the_median_of_the_turns_ratios():

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from llmlib import sizing
-from llmlib.config import ModelConfig, llama_config, resize
+from llmlib.config import SCALES, ModelConfig, llama_config, resize, with_micro_batch
 from llmlib.model import build_model
 from llmlib.sizing import PUBLISHED_FITS, fit_loss_surface
 
@@ -60,6 +60,19 @@ def test_flops_per_token_equal_torchs_counter(config):
 )
 def test_datasheet_peak_is_known_or_none(name, peak):
     assert sizing.datasheet_peak(name) == peak
+
+
+def test_micro_batch_is_the_largest_divisor_that_fits_nine_tenths_of_a_card():
+    model, train = SCALES["a100"].model, SCALES["a100"].train
+    for gb in (8, 12, 16, 24, 40, 80):
+        sizes = [
+            n
+            for n in (1, 2, 4, 8, 16, 32, 64, 128, 256)
+            if sizing.step_memory(model, with_micro_batch(train, n)) <= 0.9e9 * gb
+        ]
+        assert sizing.fitting_micro_batch(model, train, gb * 1e9) == sizes[-1]
+    assert sizing.fitting_micro_batch(model, train, None) == train.micro_batch
+    assert sizing.fitting_micro_batch(model, train, 1e9) == 1
 
 
 # ------------------------------------------------------------------ the loss surface

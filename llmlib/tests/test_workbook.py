@@ -172,6 +172,13 @@ def test_sample_and_export_use_a_run(smoke_records, llmlib, tmp_path):
     assert (tmp_path / "model" / "model.safetensors").exists()
 
 
+def test_plan_prints_where_every_line_is_from(llmlib):
+    status, output, errors = llmlib("plan", "--hours", 1, "--gpu", "H200")
+    assert status == 0, errors
+    kinds = ("measured", "computed", "assumed")
+    assert all(any(kind in line for kind in kinds) for line in output.splitlines()[1:])
+
+
 # ------------------------------------------------------------------ requests
 
 
@@ -183,8 +190,9 @@ def test_sample_and_export_use_a_run(smoke_records, llmlib, tmp_path):
         (["run", "-p", "learning_rate", "1"], ["learning_rate", "lr"]),
         (["run", "--only", "05", "-p", "lr", "fast"], ["lr", "fast", "float"]),
         (["sample", "no/such/run", "x"], ["no/such/run", "finished"]),
+        (["plan", "--gpu", "V100"], ["V100", "A100"]),
     ],
-    ids=lambda value: "-".join(value[:3]) if value[0] in ("run", "sample") else None,
+    ids=lambda value: "-".join(value[:3]) if value[0] in ("run", "sample", "plan") else None,
 )
 def test_wrong_requests_end_with_status_2_and_the_remedy(arguments, words, llmlib):
     status, _, errors = llmlib(*arguments)
@@ -240,6 +248,34 @@ def test_selection_understands_names_lists_and_ranges():
     assert workbook.select("02-05") == STEMS[1:5]
 
 
+def pretend_data(folder, tokens):
+    """Write what 05 reads of 01's record."""
+    runs.write_json(folder / "01_data_prep" / "config.json", {"format": 2})
+    summary = {"tokenizer": {"sha256": ""}, "n_tokens": 1, "val_tokens_per_byte": 0.25}
+    runs.write_json(folder / "01_data_prep" / "summary.json", summary)
+    (folder / "01_data_prep" / "tokens").symlink_to(tokens)
+
+
+def test_full_run_without_02_takes_the_datasheets_peak_and_what_fits(
+    tmp_path, smoke_tokens, monkeypatch
+):
+    pretend_data(tmp_path, smoke_tokens)
+    cells = [cell.source for cell in source("05_full_run").cells if cell.cell_type == "code"]
+    for name, device, memory, fits, peak in (
+        ("cpu", "CPU", None, 8, None),
+        ("gpu", "NVIDIA A100-SXM4-80GB", 85e9, 16, 312e12),
+    ):
+        here = {"device": device, "memory_bytes": memory}
+        monkeypatch.setattr(runs, "environment", lambda here=here: here)
+        exec(cells[0], names := {})
+        names |= {"scale": "smoke", "runs_dir": str(tmp_path), "run_name": name}
+        for cell in cells[1:4]:
+            exec(cell, names)
+        run = runs.read_run(tmp_path / name)
+        assert (run.train.micro_batch, run.train.n_sequences) == (fits, 16)
+        assert run.peak_flops_per_s == peak
+
+
 def newest_step(run):
     rows = runs.read_metrics(run, "step")
     return 0 if rows.empty else rows.step.max()
@@ -250,10 +286,7 @@ def test_an_interrupted_workbook_has_saved_and_goes_on_where_it_stopped(tmp_path
 
     SIGTERM comes to a shell's background job, which ignores SIGINT.
     """
-    runs.write_json(tmp_path / "01_data_prep" / "config.json", {"format": 2})
-    summary = {"tokenizer": {"sha256": ""}, "n_tokens": 1, "val_tokens_per_byte": 0.25}
-    runs.write_json(tmp_path / "01_data_prep" / "summary.json", summary)
-    (tmp_path / "01_data_prep" / "tokens").symlink_to(smoke_tokens)
+    pretend_data(tmp_path, smoke_tokens)
     runs.write_json(tmp_path / "02_throughput" / "config.json", {"format": 2})
     measured = {"peak_flops_per_s": 1e11, "micro_batch": {"micro_batch": 8, "grad_accum": 2}}
     runs.write_json(tmp_path / "02_throughput" / "summary.json", measured)

@@ -1,0 +1,49 @@
+"""The plan's numbers against ones computed by hand; no test needs a GPU."""
+
+import pytest
+
+from llmlib import runs, sizing
+from llmlib.plan import make_plan
+
+
+def test_three_hours_of_an_a100_by_hand():
+    """A token takes 6 x 179.96 M + 12 x 10 x 1024 x 512 = 1.1427 GFLOP, a step 131 072 tokens."""
+    plan = make_plan("a100", 3.0, "A100 80GB").set_index("quantity")
+    expected = {
+        "parameters": "180M",
+        "micro-batch that fits [sequences]": "128",
+        "speed [tokens/s]": "109k to 164k",  # 0.4 and 0.6 x 312e12 / 1.1427e9
+        "tokens": "1.18B to 1.77B",  # x 10 800 s
+        "steps": "9k to 13.5k",
+        "tokens per parameter": "6.55 to 9.83",
+        "best size: 20 tokens per parameter": "106M to 130M",  # (1.348e18 / 120) ** 0.5
+        "download [GB]": "24",
+        "tokens on disk [GB]": "12",
+        "checkpoints and weights on disk [GB]": "5.04",  # 28 x 0.18
+    }
+    assert plan.value[list(expected)].to_dict() == expected
+    assert plan.known.str.match("measured|computed|assumed").all()
+    small = make_plan("a100", 3.0, "A100").set_index("quantity").value  # of 40 GB
+    assert small["micro-batch that fits [sequences]"] == "64"
+
+
+def test_a_measured_speed_replaces_the_assumed_one(tmp_path):
+    runs.write_json(tmp_path / "02_throughput" / "config.json", {"format": runs.FORMAT})
+    found = {"tokens_per_s": 1e5, "micro_batch": {"micro_batch": 32, "grad_accum": 8}}
+    runs.write_json(tmp_path / "02_throughput" / "summary.json", found)
+    plan = make_plan("a100", 1.0, "", str(tmp_path)).set_index("quantity")
+    assert plan.value["tokens"] == "360M" and plan.value["steps"] == "2.75k"
+    assert plan.known["speed [tokens/s]"] == "measured by 02_throughput"
+    other = make_plan("a100", 1.0, "L4", str(tmp_path)).set_index("quantity")
+    assert other.known["speed [tokens/s]"].startswith("assumed: L4")
+
+
+@pytest.mark.parametrize("gpu", ["Tesla V100", "H100 NVL 94GB"])
+def test_a_card_without_a_datasheet_here_is_refused_by_name(gpu):
+    with pytest.raises(ValueError, match=f"gpu='{gpu}' is unknown; choose one of A10, .*L40S"):
+        make_plan("a100", 3.0, gpu)
+
+
+def test_every_card_with_a_peak_has_a_memory():
+    for name in sizing.PEAK_BF16_FLOPS_PER_S:
+        assert sizing.datasheet_peak(name, sizing.MEMORY_GB) >= 24
