@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from llmlib.config import ModelConfig
 
-LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**29}  # in memory; a CPU's caches hold hardly more
+LOGITS_AT_ONCE = {"cpu": 2**25}  # in memory, elsewhere 2**29; a CPU's caches hold hardly more
 
 
 class Cache:
@@ -96,7 +96,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         device, n = hidden.device.type, len(hidden)
         is_mixed = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_mixed else head.dtype
-        n_rows = 2 ** int(math.log2(max(LOGITS_AT_ONCE[device] // len(head), 1)))
+        n_rows = 2 ** int(math.log2(max(LOGITS_AT_ONCE.get(device, 2**29) // len(head), 1)))
         with torch.autocast(device, enabled=False):
             low_head = head.to(dtype)
             losses, d_hidden, d_head = [], [], 0.0
