@@ -6,10 +6,12 @@ code is the same for all. Weights are fp32 everywhere, and all four have fused o
 
 import contextlib
 import ctypes
+import os
 import re
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -41,6 +43,7 @@ REMEDY = (  # builds of the same version, by the support matrix in PyTorch's REL
     ".../whl/cu130 (drivers from 580 on, cards from Turing on). To train on the CPU, far more "
     "slowly: -p allow_cpu True, and CUDA_VISIBLE_DEVICES='' to hide a card."
 )
+USUAL_CACHE = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
 
 
 def accelerator() -> torch.device | None:
@@ -154,3 +157,15 @@ def why_uncompiled(error: Exception) -> str:
         f"compiling failed ({cause:.200}), so the model runs uncompiled (about 1.5 times slower); "
         "it needs g++ and Python.h: sudo apt install g++ python3-dev"
     )
+
+
+def use_compile_cache(folder: Path | None) -> None:
+    """Keep compiled code in a folder, by default the usual one; another folder's is forgotten."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+    from torch._inductor.utils import clear_caches
+
+    place = str(folder or USUAL_CACHE or default_cache_dir())
+    if place != os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        torch.compiler.reset()
+        clear_caches()
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": place, "TRITON_CACHE_DIR": f"{place}/triton"}

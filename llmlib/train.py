@@ -10,6 +10,7 @@ import argparse
 import math
 import os
 import select
+import shutil
 import signal
 import sys
 import traceback
@@ -195,6 +196,7 @@ class Trainer(ResumableRun):
             result = self.summary() | {"val": final, "val_sha256": data.sha256(windows)}
             save_file(self.model.state_dict(), self.path / "model.safetensors")
             checkpoint.sync(self.path / "model.safetensors")
+            shutil.rmtree(self.path / "compiled", ignore_errors=True)  # kept for resumes only
             runs.write_json(self.path / "result.json", result)  # last: it means done
         step.broadcast(0.0)
         return result
@@ -202,13 +204,16 @@ class Trainer(ResumableRun):
     def _compile(self) -> nn.Module:
         """Compile, if that leaves room for two steps, and spread over the processes.
 
-        Runs of equal shape in one process share their graphs: weights are inputs of a graph.
+        Runs of equal shape in one process share their graphs: weights are inputs of a graph. One
+        against the clock shares them with none, so that all of a comparison pay for their own.
         """
         seconds, cost = self.state.step_seconds, self.state.compile_seconds or COMPILE_SECONDS
         [fits] = step.broadcast(self.budget.fits(self.ledger, cost + 2 * seconds))
         wants = self.config.compile
         model = self.model
         if wants and fits:
+            is_clocked = self.config.budget_hours is not None
+            devices.use_compile_cache(self.path / "compiled" if is_clocked else None)
             model = devices.compile_model(model, self.device)
         self.is_compiled = model is not self.model
         if seconds:

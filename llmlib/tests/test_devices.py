@@ -101,3 +101,21 @@ def test_bf16_begins_with_capability_8(monkeypatch):
     for card, dtype in (((7, 5), torch.float32), ((8, 0), torch.bfloat16)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, card=card: card)
         assert devices.compute_dtype(torch.device("cuda", 0)) == dtype
+
+
+def test_each_cache_compiles_anew_and_is_kept(monkeypatch, tmp_path):
+    from torch._dynamo.utils import counters
+
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+    monkeypatch.setattr(devices, "USUAL_CACHE", str(tmp_path / "usual"))
+    found = []
+    for folder in (tmp_path / "a", tmp_path / "b", tmp_path / "a", None, None):
+        counters.clear()
+        devices.use_compile_cache(folder)
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8))
+        found.append(
+            "".join(k for k in ("miss", "hit") if counters["inductor"][f"fxgraph_cache_{k}"])
+        )
+    assert found[:4] == ["miss", "miss", "hit", "miss"]
+    assert all((tmp_path / name).exists() for name in ("a", "b", "usual"))

@@ -535,6 +535,24 @@ def test_error_in_the_first_step_that_is_not_the_compilers_comes_back(tmp_path, 
         run.run()
 
 
+@pytest.mark.parametrize("budget", [{"budget_hours": 1.0}, {"budget_steps": 20}])
+def test_run_against_the_clock_compiles_for_itself_alone(
+    tmp_path, smoke_tokens, monkeypatch, budget
+):
+    used = []
+    monkeypatch.setattr(devices, "use_compile_cache", used.append)
+    config, cache = override(SHORT, compile=True, **budget), tmp_path / "compiled"
+    stop_after(trainer(tmp_path, smoke_tokens, config), 2)
+    cache.mkdir()
+    stop_after(trainer(tmp_path, smoke_tokens, config), 4)
+    assert used == 2 * [cache if "budget_hours" in budget else None]
+    assert cache.exists()  # for another resume
+    last = trainer(tmp_path, smoke_tokens, config)
+    last.budget.next_progress = lambda *_, before: None if before == 1.0 else 1.0
+    last.run()
+    assert not cache.exists()
+
+
 # ------------------------------------------------------------------ several runs
 
 
