@@ -33,10 +33,11 @@ def start(
     torchrun = f"torch.distributed.run --standalone --nproc-per-node={n_processes} -m".split()
     command = [sys.executable, "-m", *(torchrun if n_processes > 1 else [])]
     threads = {} if n_threads is None else {"OMP_NUM_THREADS": str(n_threads)}
+    patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"}  # to save after a signal [s], not 30
     with open(folders[0] / "train.log", "a") as log:
         return subprocess.Popen(
             [*command, "llmlib.train", "--watched", *map(str, folders)],
-            env=os.environ | threads,
+            env=patience | os.environ | threads,
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
