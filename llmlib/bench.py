@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import benchmark
 
-from llmlib import corpus, data, prepare, runs, step
+from llmlib import corpus, data, devices, prepare, runs, step
 from llmlib.config import DataConfig, ModelConfig, TrainConfig, resize, with_micro_batch
 from llmlib.inference import hf_model
 from llmlib.model import build_model
@@ -91,17 +91,22 @@ class TimedStep:
     """A variant's model, optimizer and batch on the device, compiled and ready to step."""
 
     def __init__(self, variant: Variant):
-        device, train = step.pick_device(), variant.train
-        self.variant, self.dtype = variant, step.compute_dtype(device, train.dtype)
+        device, train = devices.pick_device(), variant.train
+        self.variant, self.dtype = variant, devices.compute_dtype(device, train.dtype)
         model = build_variant(variant).to(device)
         self.optimizer = build_optimizer(model, train, self.dtype)
-        self.model = step.compile_model(model, device) if train.compile else model
+        self.model = devices.compile_model(model, device) if train.compile else model
         shape = (train.n_sequences, variant.model.seq_len + 1)
         tokens = torch.randint(variant.model.vocab_size, shape, device=device)
         self.batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         torch.set_float32_matmul_precision("high")
-        step.keep_freed_memory()
-        self.take(2)
+        devices.keep_freed_memory()
+        self.note = ""
+        try:
+            self.take(2)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            self.note, self.model = devices.why_uncompiled(error), model
+            self.take(2)
 
     def take(self, n_steps: int) -> float:
         """Take steps and return the mean time of one [s]."""
@@ -156,7 +161,7 @@ def _take_turns(variants: list[Variant], n_rounds: int, n_steps: int) -> list[di
     ours = TimedStep(variants[0])
     alone = [ours.take(n_steps) for _ in range(n_rounds)]
     others = [_time(variant, ours, n_rounds, n_steps) for variant in variants[1:]]
-    return [_row(variants[0], alone, alone), *others]
+    return [_row(variants[0], alone, alone) | {"note": ours.note}, *others]
 
 
 def _time(variant: Variant, ours: TimedStep | float, n_rounds: int, n_steps: int) -> dict:
@@ -168,7 +173,7 @@ def _time(variant: Variant, ours: TimedStep | float, n_rounds: int, n_steps: int
         turns = [
             (other.take(n_steps), ours if is_alone else ours.take(n_steps)) for _ in range(n_rounds)
         ]
-        note = "timed alone: no memory for two" if is_alone else ""
+        note = "timed alone: no memory for two" if is_alone else other.note
         return _row(variant, *zip(*turns, strict=True)) | {"note": note}
     except (RuntimeError, ValueError) as error:
         note = f"failed: {str(error).strip().splitlines()[0]:.120}"
@@ -176,7 +181,7 @@ def _time(variant: Variant, ours: TimedStep | float, n_rounds: int, n_steps: int
     finally:
         other = None
         gc.collect()
-        torch.cuda.empty_cache()
+        devices.empty_cache()
 
 
 def _row(variant: Variant, seconds: list[float], reference: list[float]) -> dict[str, Any]:
@@ -194,8 +199,8 @@ def _row(variant: Variant, seconds: list[float], reference: list[float]) -> dict
 
 def matmul_peak(size: int) -> float:
     """Measure the fastest square product in the compute dtype [FLOP/s]."""
-    device = step.pick_device()
-    a, b = torch.randn(2, size, size, device=device).to(step.compute_dtype(device))
+    device = devices.pick_device()
+    a, b = torch.randn(2, size, size, device=device).to(devices.compute_dtype(device))
     timer = benchmark.Timer("a @ b", globals={"a": a, "b": b}, num_threads=torch.get_num_threads())
     return 2 * size**3 / min(timer.blocked_autorange(min_run_time=1).times)
 
@@ -206,7 +211,7 @@ def profile_step(variant: Variant, n_steps: int) -> pd.DataFrame:
     timed, spent = TimedStep(variant), dict.fromkeys(KINDS, 0.0)
     with torch.profiler.profile() as profile:
         wall = timed.take(n_steps)
-    on_device = torch.cuda.is_available()
+    on_device = devices.accelerator() is not None
     for event in profile.key_averages():
         is_kernel = event.device_type != torch.autograd.DeviceType.CPU
         parts = (k for k, words in KINDS.items() if any(w in event.key.lower() for w in words))

@@ -136,6 +136,7 @@ class TrainConfig:
     compile: bool = True
     dtype: str | None = None  # of matrix products; None: bf16 where the hardware has it, else fp32
     tracker: str | None = None  # "tensorboard": a copy of the metrics for it
+    needs_accelerator: bool = False  # the run refuses to start on a CPU
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "betas", tuple(self.betas))
@@ -215,14 +216,19 @@ SCALES = {
             **recipe("winner2024", "laptop"),
         ),
     ),
-    "a100": Scale(DataConfig(), ModelConfig(), TrainConfig(**recipe("winner2024", "a100"))),
+    "a100": Scale(
+        DataConfig(),
+        ModelConfig(),
+        TrainConfig(needs_accelerator=True, **recipe("winner2024", "a100")),
+    ),
 }
 
 
-def get_scale(name: str) -> Scale:
-    """Look up a scale by name."""
+def get_scale(name: str, *, allow_cpu: bool = False) -> Scale:
+    """Look up a scale by name; ``allow_cpu`` lets it train where there is no accelerator."""
     _one_of("scale", name, SCALES)
-    return SCALES[name]
+    scale, changes = SCALES[name], {"needs_accelerator": False} if allow_cpu else {}
+    return replace(scale, train=replace(scale.train, **changes))
 
 
 def override(config: Any, **changes: Any) -> Any:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from llmlib import runs
+from llmlib.devices import ABILITIES
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def prefetch(
 
     def load(step: int) -> tuple[Tensor, ...]:
         both = batches.batch(step, rank=rank, world_size=world_size)
-        return tuple(t.pin_memory() for t in both) if device.type == "cuda" else both
+        pins = ABILITIES[device.type].pins_memory
+        return tuple(t.pin_memory() for t in both) if pins else both
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(load, step)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmlib import runs, step
+from llmlib import devices, runs
 from llmlib.config import ModelConfig
 from llmlib.model import LanguageModel, build_model
 from llmlib.tokenizer import END_OF_TEXT, load_tokenizer
@@ -28,7 +28,7 @@ def load_run(run: Path) -> tuple[LanguageModel, tiktoken.Encoding]:
         )
     model = build_model(runs.read_run(run).model)
     model.load_state_dict(load_file(run / "model.safetensors"))
-    return model.to(step.pick_device()).eval(), load_tokenizer(run / "tokenizer.json")
+    return model.to(devices.pick_device()).eval(), load_tokenizer(run / "tokenizer.json")
 
 
 def continue_text(

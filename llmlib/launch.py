@@ -15,10 +15,9 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from IPython.display import display
 
-from llmlib import analysis, locks, plots, runs
+from llmlib import analysis, devices, locks, plots, runs
 
 POLL_SECONDS = 0.5
 CURVE_SECONDS = 10.0  # between drawings of the live curve
@@ -34,10 +33,11 @@ def start(
     torchrun = f"torch.distributed.run --standalone --nproc-per-node={n_processes} -m".split()
     command = [sys.executable, "-m", *(torchrun if n_processes > 1 else [])]
     threads = {} if n_threads is None else {"OMP_NUM_THREADS": str(n_threads)}
+    patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"}  # to save after a signal [s], not 30
     with open(folders[0] / "train.log", "a") as log:
         return subprocess.Popen(
             [*command, "llmlib.train", "--watched", *map(str, folders)],
-            env=os.environ | threads,
+            env=patience | os.environ | threads,
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -48,7 +48,7 @@ def start(
 def run_training(run: Path, *, n_processes: int | None = None) -> dict[str, Any]:
     """Train the run in a folder until it is done, show its progress, and return its result.
 
-    Uses one process per CUDA device unless ``n_processes`` says otherwise.
+    Uses one process per accelerator unless ``n_processes`` says otherwise.
     """
     live = Live()
     while (result := runs.read_result(run)) is None:
@@ -56,7 +56,7 @@ def run_training(run: Path, *, n_processes: int | None = None) -> dict[str, Any]
             live.show(f"attached to {owner}: {progress_line(run)}", run)
             time.sleep(POLL_SECONDS)
             continue
-        process = start([run], n_processes=n_processes or torch.cuda.device_count() or 1)
+        process = start([run], n_processes=n_processes or devices.n_accelerators() or 1)
         _watch([process], lambda: live.show(progress_line(run), run))
         if process.returncode:
             _raise_its_error(run, process.returncode)
@@ -102,7 +102,7 @@ def run_many(folders: list[Path]) -> None:
     """
     waiting = [run for run in folders if runs.read_result(run) is None]
     waiting.sort(key=lambda run: str(runs.read_run(run).model))
-    n_workers = 1 if torch.cuda.is_available() else runs.n_cores()
+    n_workers = 1 if devices.n_accelerators() else runs.n_cores()
     n_each = math.ceil(len(waiting) / n_workers) or 1
     shares = [waiting[i : i + n_each] for i in range(0, len(waiting), n_each)]
     workers = [start(share, n_threads=1 if len(shares) > 1 else None) for share in shares]

@@ -94,7 +94,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         device, n = hidden.device.type, len(hidden)
         is_mixed = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if is_mixed else head.dtype
-        n_rows = 2 ** int(math.log2(max(LOGITS_AT_ONCE[device] // len(head), 1)))
+        n_rows = 2 ** int(math.log2(max(LOGITS_AT_ONCE.get(device, 2**29) // len(head), 1)))
         with torch.autocast(device, enabled=False):
             low_head = head.to(dtype)
             losses, d_hidden, d_head = [], [], 0.0

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from llmlib import checkpoint, data, runs, step
+from llmlib import checkpoint, data, devices, runs, step
 from llmlib.budget import Budget, Ledger
 from llmlib.model import build_model
 from llmlib.optim import build_optimizer
@@ -53,8 +53,8 @@ class ResumableRun:
         self.budget, self.ledger = Budget(self.config, self.tokens_per_step), Ledger()
         self.windows = self.eval_windows(self.config.eval_windows)
         self.state = TrainState(self.config.micro_batch, data.sha256(self.windows))
-        self.device = step.pick_device(local_rank)
-        self.dtype = step.compute_dtype(self.device, self.config.dtype)
+        self.device = devices.pick_device(local_rank, needed=self.config.needs_accelerator)
+        self.dtype = devices.compute_dtype(self.device, self.config.dtype)
         torch.manual_seed(self.config.seed)
         start = {"seed": self.config.seed, "zero_init": self.config.zero_init}
         self.model = build_model(self.about.model, **start).to(self.device)

@@ -59,15 +59,17 @@ def environment() -> dict[str, Any]:
     """
     import torch
 
-    cuda, cpuinfo = torch.cuda.is_available(), Path("/proc/cpuinfo")
+    from llmlib import devices
+
+    cpuinfo = Path("/proc/cpuinfo")
     about = cpuinfo.read_text() if cpuinfo.exists() else ""
     name = re.search(r"model name\s*: (.*)", about)
     units = [unit for unit in ("avx2", "avx512_bf16", "amx_bf16") if f" {unit} " in about]
     status, commit = subprocess.getstatusoutput(f"git -C '{ROOT}' describe --always --dirty")
     return {
-        "device": torch.cuda.get_device_name() if cuda else "CPU",
-        "memory_bytes": torch.cuda.get_device_properties().total_memory if cuda else None,
-        "n_devices": torch.cuda.device_count() if cuda else 1,
+        "device": devices.device_name(),
+        "memory_bytes": devices.memory_bytes(),
+        "n_devices": devices.n_accelerators() or 1,
         "processor": f"{name[1] if name else platform.machine()} ({', '.join(units)})",
         "n_cores": n_cores(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -1,16 +1,10 @@
 """One training step and one validation: what the full run does, and what the benchmark measures.
 
-Device, precision and processes are chosen here. Weights, gradients and optimizer state are fp32;
-matrix products run in bf16 where the hardware has it. A step is shared by the processes of a job.
+A step is shared by the processes of a job; ``devices`` says what computes it, and in which precision.
 """
 
 import contextlib
-import ctypes
-import importlib.util
 import os
-import re
-import shutil
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -19,65 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from llmlib import devices
+from llmlib.devices import autocast
 from llmlib.optim import set_lr
 
 EVAL_BATCH = 4  # windows; the logits of one at a time are in memory
-
-# ------------------------------------------------------------------------- device and precision
-
-
-def pick_device(local_rank: int = 0) -> torch.device:
-    """Use CUDA where there is one, else the CPU."""
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def compute_dtype(device: torch.device, name: str | None = None) -> torch.dtype:
-    """Choose bf16 where the hardware multiplies in it, else fp32; weights are fp32 either way."""
-    if name is not None:
-        return getattr(torch, name)
-    if device.type == "cuda":
-        has_bf16 = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        has_bf16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if has_bf16 else torch.float32
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
-    """Compute matrix products in ``dtype``."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-
-
-def keep_freed_memory() -> None:
-    """Let this process reuse the memory of large tensors instead of faulting it in again.
-
-    A step was 1.11 to 1.17 times as fast with it on a CPU.
-    """
-    with contextlib.suppress(AttributeError, OSError, TypeError):  # a C library other than glibc
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**30)  # M_MMAP_THRESHOLD of malloc.h
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def compile_model(model: nn.Module, device: torch.device) -> nn.Module:
-    """Compile without graph breaks, or say in one line why not and what it costs."""
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        print("No Triton here, so the model runs uncompiled (about 1.5 times slower).")
-    elif device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "cl"))):
-        print("No C++ compiler here, so the model runs uncompiled; install g++ to gain speed.")
-    else:
-        return torch.compile(model, fullgraph=True, dynamic=False)
-    return model
-
-
-@contextlib.contextmanager
-def out_of_memory_is_no_error() -> Iterator[None]:
-    """Go on behind the block when memory ends, also where a library says so in its own words."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not re.search("OutOfMemory|out of memory|ALLOC_FAILED", repr(error)):
-            raise
-
 
 # ------------------------------------------------------------------------- processes
 
@@ -86,14 +26,14 @@ def join_processes() -> int:
     """Join the job that torchrun started, if it did; return the rank on this machine."""
     if not dist.is_torchelastic_launched():
         return 0
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank)
+    local_rank, backend = int(os.environ["LOCAL_RANK"]), "gloo"
+    if kind := devices.accelerator():
+        torch.accelerator.set_device_index(local_rank)
+        backend = f"cpu:gloo,{kind.type}:{dist.get_default_backend_for_device(kind)}"
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # It outlives a restart and remembers where the dead could be reached (pytorch #135712).
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return local_rank
 

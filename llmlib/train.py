@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmlib import checkpoint, data, locks, runs, step
+from llmlib import checkpoint, data, devices, locks, runs, step
 from llmlib.resume import ResumableRun
 from llmlib.schedule import lr_factor
 from llmlib.sizing import flops_per_token
@@ -110,13 +110,25 @@ class Trainer(ResumableRun):
         self.write("step", **row, seconds_left=self.budget.seconds_left(state.step, self.ledger))
 
     def _try_step(self, inputs: Tensor, targets: Tensor, factor: float) -> Tensor:
-        """Take a step, in smaller micro-batches if memory ends; return loss and gradient norm."""
+        """Take a step; in smaller micro-batches if memory ends, uncompiled if the compiler fails.
+
+        Returns loss and gradient norm.
+        """
         how = {"grad_clip": self.config.grad_clip, "dtype": self.dtype, "lr_factor": factor}
         while True:
-            # Tried again outside of the handler, which keeps what did not fit alive.
-            with step.out_of_memory_is_no_error():
-                how["micro_batch"] = self.micro_batch
+            how["micro_batch"] = self.micro_batch
+            try:
                 return step.train_step(self.fast_model, self.optimizer, inputs, targets, **how)
+            except Exception as error:
+                fits = not devices.is_out_of_memory(error)
+                if fits and (self.is_warm or not self.is_compiled):
+                    raise
+                why = devices.why_uncompiled(error)
+            # Tried again outside of the handler, which keeps what did not fit alive.
+            if fits:  # if it was not the compiler's, the error comes back
+                self.is_compiled, self.fast_model = False, step.average_gradients(self.model)
+                self.event(why)
+                continue
             if self.micro_batch == 1 or step.world_size() > 1:  # the others would wait for ever
                 raise ValueError(
                     f"micro_batch={self.micro_batch} does not fit into this device's memory; "
@@ -125,7 +137,7 @@ class Trainer(ResumableRun):
             self.state.micro_batch = -(-self.micro_batch // 2)
             self.is_warm = False  # the new shape is compiled
             self.optimizer.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
+            devices.empty_cache()
             self.event(f"out of memory: micro_batch is now {self.micro_batch}")
 
     def _book_step(self) -> float:
@@ -189,19 +201,25 @@ class Trainer(ResumableRun):
                 save_file(self.model.state_dict(), self.path / "model.safetensors")
                 checkpoint.sync(self.path / "model.safetensors")
             runs.write_json(self.path / "result.json", result)  # it means done
-            shutil.rmtree(self.saver.folder)
+            for folder in (self.saver.folder, self.path / "compiled"):  # for resumes only
+                shutil.rmtree(folder, ignore_errors=True)
         step.broadcast(0.0)
         return result
 
     def _compile(self) -> nn.Module:
         """Compile, if that leaves room for two steps, and spread over the processes.
 
-        Runs of equal shape in one process share their graphs: weights are inputs of a graph.
+        Runs of equal shape in one process share their graphs: weights are inputs of a graph. One
+        against the clock shares them with none, so that all of a comparison pay for their own.
         """
         seconds, cost = self.state.step_seconds, self.state.compile_seconds or COMPILE_SECONDS
         [fits] = step.broadcast(self.budget.fits(self.ledger, cost + 2 * seconds))
         wants = self.config.compile
-        model = step.compile_model(self.model, self.device) if wants and fits else self.model
+        model = self.model
+        if wants and fits:
+            is_clocked = self.config.budget_hours is not None
+            devices.use_compile_cache(self.path / "compiled" if is_clocked else None)
+            model = devices.compile_model(model, self.device)
         self.is_compiled = model is not self.model
         if seconds:
             self.budget.observe(2 * seconds if wants and not fits else seconds)
@@ -263,7 +281,7 @@ def main(arguments: list[str] | None = None) -> int:
     options, status = parser.parse_args(arguments), 0
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.cache_size_limit = 64  # of shapes in one process
-    step.keep_freed_memory()
+    devices.keep_freed_memory()
     local_rank, must_stop = step.join_processes(), watch_signals(options.watched and step.is_main())
     for run in options.runs:
         try:

@@ -67,6 +67,16 @@ def test_where_two_do_not_fit_each_is_timed_in_a_process_of_its_own(monkeypatch)
     assert table.speed_up[1] == pytest.approx(table.tokens_per_s[0] / table.tokens_per_s[1])
 
 
+def test_compiler_that_fails_leaves_a_note_and_the_step_uncompiled(monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("model.cpp:1: fatal error: Python.h: No such file")
+
+    compiled = lambda model, _: torch.compile(model, backend=broken)  # noqa: E731
+    monkeypatch.setattr(bench.devices, "compile_model", compiled)
+    timed = bench.TimedStep(Variant("ours", MODEL, override(TRAIN, compile=True)))
+    assert "Python.h: No such file" in timed.note and timed.take(1) > 0
+
+
 def test_speed_up_is_the_median_of_the_turns_ratios():
     row = bench._row(Variant("", MODEL, TRAIN), (2.0, 3.0, 9.0), (1.0, 1.0, 2.0))
     assert (row["speed_up"], row["speed_up_low"], row["speed_up_high"]) == (3.0, 2.0, 4.5)

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from llmlib import checkpoint, runs
-from llmlib.config import override
+from llmlib.config import llama_config, override
 from llmlib.tests.conftest import FP32, SMOKE
 from llmlib.train import Stopped, Trainer
 
@@ -82,3 +82,16 @@ def test_job_that_is_stopped_has_saved(make_run, start_training, how):
     newest = int(checkpoint.newest_valid(run / "checkpoints").name)
     reason = "" if how == "signal" else "the watching process is gone"  # the signal, or the pipe
     assert f"{reason}: saved and stopped at step {newest}." in output
+
+
+def test_two_compiled_processes_equal_one(make_run, start_training):
+    config, small = override(SHORT, budget_steps=5), llama_config(1, 32, d_head=32)
+    shape = override(small, vocab_size=512, seq_len=64)
+    alone, run = make_run(config, shape), make_run(override(config, compile=True), shape)
+    Trainer(alone).run()
+    status, output = start_training(run, job=JOB).finish()
+    assert status == 0, output
+    result = runs.read_result(run)
+    assert result["is_compiled"] and result["n_processes"] == 2
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-5)
+    assert result["val"]["loss"] == pytest.approx(runs.read_result(alone)["val"]["loss"], rel=1e-5)

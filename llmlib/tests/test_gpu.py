@@ -10,9 +10,10 @@ import torch
 from llmlib import runs
 from llmlib.bench import TimedStep, Variant
 from llmlib.config import OPTIMIZERS, SCALES, TrainConfig, llama_config, override, resize
+from llmlib.devices import compile_model
 from llmlib.model import build_model
 from llmlib.optim import build_optimizer
-from llmlib.step import compile_model, train_step
+from llmlib.step import train_step
 from llmlib.train import Stopped, Trainer
 
 pytestmark = [

@@ -8,6 +8,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from llmlib import checkpoint, launch, locks, plots, runs
 from llmlib.config import override
@@ -107,6 +108,25 @@ def test_many_runs_are_trained_and_each_failure_stands_in_its_own_log(
     assert capsys.readouterr().out.endswith("2/4 runs done")
     assert "error: losses at step" in launch.log_tail(bad, n_lines=1)
     assert "checkpoint could not be saved" in launch.log_tail(broken, n_lines=1)
+
+
+def test_only_usable_cards_are_counted_and_a_stopped_job_has_time_to_save(make_run, monkeypatch):
+    started, run = [], make_run(SHORT)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
+    for module in (torch.accelerator, torch.cuda):  # a driver too old for torch still counts them
+        monkeypatch.setattr(module, "device_count", lambda: 8)
+
+    def popen(command, env, **_):
+        started.append((command, env))
+        raise InterruptedError
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    for n_processes in (None, 2):
+        with pytest.raises(InterruptedError):
+            launch.run_training(run, n_processes=n_processes)
+    (one, _), (two, env) = started
+    assert "torch.distributed.run" not in one and "--nproc-per-node=2" in two
+    assert int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= 120
 
 
 def test_progress_says_where_a_run_is(make_run):

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmlib import budget, checkpoint, data, locks, prepare, resume, runs, step, train
+from llmlib import budget, checkpoint, data, devices, locks, prepare, resume, runs, step, train
 from llmlib.config import DataConfig, llama_config, override
 from llmlib.schedule import lr_factor
 from llmlib.tests.conftest import FP32, SMOKE
@@ -237,7 +237,7 @@ def hours(seconds, **changes):
 def no_compiler(monkeypatch):
     """What compiling gains is not the matter here: graphs are found, and run as they are."""
     how = {"fullgraph": True, "dynamic": False, "backend": "eager"}
-    monkeypatch.setattr(step, "compile_model", lambda model, _: torch.compile(model, **how))
+    monkeypatch.setattr(devices, "compile_model", lambda model, _: torch.compile(model, **how))
 
 
 def test_ledger_tells_what_every_second_went_into(tmp_path, smoke_tokens, monkeypatch):
@@ -495,6 +495,60 @@ def test_twenty_steps_reproduce_the_stored_loss_curve(tmp_path, monkeypatch):
     assert losses == pytest.approx(json.loads(golden.read_text()), rel=1e-4)
 
 
+# ------------------------------------------------------------------ compilation
+
+
+FAILING = """#!/bin/sh
+[ "$1" = --version ] && exec g++ --version
+echo "model.cpp:1:10: fatal error: Python.h: No such file or directory" >&2
+exit 1
+"""
+
+
+def test_compiler_that_is_found_and_fails_costs_a_line_and_time(
+    make_run, start_training, monkeypatch, tmp_path
+):
+    config = override(SHORT, compile=True, budget_steps=3)
+    (tmp_path / "g++").write_text(FAILING)
+    (tmp_path / "g++").chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "g++"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cold"))
+    run, plain = make_run(config), make_run(override(config, compile=False))
+    status, output = start_training(run, plain).finish()
+    assert status == 0, output
+    [said] = [event for event in events(run) if "compiling failed" in event]
+    assert "fatal error: Python.h: No such file" in said and "runs uncompiled" in said
+    result = runs.read_result(run)
+    assert not result["is_compiled"]
+    assert result["seconds"]["compile"] > runs.read_result(plain)["seconds"]["compile"]
+    assert table(run).loss.tolist() == table(plain).loss.tolist()
+
+
+def test_error_in_the_first_step_that_is_not_the_compilers_comes_back(tmp_path, smoke_tokens):
+    run = trainer(tmp_path, smoke_tokens, SHORT, compile=True)
+    run.model.forward = lambda *_: {}["nothing"]
+    with pytest.raises(KeyError, match="nothing"):
+        run.run()
+
+
+@pytest.mark.parametrize("budget", [{"budget_hours": 1.0}, {"budget_steps": 20}])
+def test_run_against_the_clock_compiles_for_itself_alone(
+    tmp_path, smoke_tokens, monkeypatch, budget
+):
+    used = []
+    monkeypatch.setattr(devices, "use_compile_cache", used.append)
+    config, cache = override(SHORT, compile=True, **budget), tmp_path / "compiled"
+    stop_after(trainer(tmp_path, smoke_tokens, config), 2)
+    cache.mkdir()
+    stop_after(trainer(tmp_path, smoke_tokens, config), 4)
+    assert used == 2 * [cache if "budget_hours" in budget else None]
+    assert cache.exists()  # for another resume
+    last = trainer(tmp_path, smoke_tokens, config)
+    last.budget.next_progress = lambda *_, before: None if before == 1.0 else 1.0
+    last.run()
+    assert not cache.exists()
+
+
 # ------------------------------------------------------------------ several runs
 
 
@@ -519,6 +573,7 @@ MISTAKES = {
     "optimizer='adam' is unknown": {"train": {"optimizer": "adam"}},
     "lr=-1 is not positive": {"train": {"lr": -1}},
     "learning_rate": {"train": {"learning_rate": 1}},
+    "-p allow_cpu True": {"train": {"needs_accelerator": True}},
     "run 01_data_prep first": {"tokens_dir": "nowhere"},
     "has format 1": {"format": 1},
     "config.json is missing or not a run's config": {"model": None},
@@ -533,6 +588,7 @@ def test_each_run_that_fails_says_why_in_its_log_and_keeps_no_other_from_trainin
         config = runs.read_json(run / "config.json")
         harm = {k: config[k] | v if isinstance(v, dict) else v for k, v in harm.items()}
         runs.write_json(run / "config.json", config | harm)
+    monkeypatch.setattr(devices, "accelerator", lambda: None)
     good, trouble = make_run(override(SHORT, budget_steps=2)), make_run(SHORT)
     at_call(monkeypatch, 3, lambda: [][0])  # the first step of the last run
     assert main(*broken, good, trouble) == 2

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import nbformat
@@ -16,7 +17,7 @@ from click.testing import CliRunner
 from papermill.cli import papermill as papermill_command
 
 from llmlib import __main__ as workbook
-from llmlib import checkpoint, locks, runs
+from llmlib import checkpoint, devices, locks, runs
 
 STEMS = ["01_data_prep", "02_throughput", "03_sizing", "04_recipe", "05_full_run", "06_loss_curves"]
 
@@ -222,6 +223,20 @@ def test_notebooks_explain_what_is_missing(tmp_path, stem, words):
             exec(cell, names)
     assert all(word in str(error.value) for word in words), str(error.value)
     assert not (tmp_path / stem / "summary.json").exists()
+
+
+@pytest.mark.parametrize("stem", STEMS[1:5])
+def test_scale_for_an_accelerator_is_refused_on_a_cpu_unless_allowed(tmp_path, monkeypatch, stem):
+    monkeypatch.setattr(devices, "accelerator", lambda: None)
+    parameters, first, *_ = (c.source for c in source(stem).cells if c.cell_type == "code")
+    exec(parameters, names := {})
+    names |= {"scale": "a100", "runs_dir": str(tmp_path)}
+    with pytest.raises(ValueError, match=r"this needs an accelerator.*-p allow_cpu True"):
+        exec(first, names)
+    assert not any(tmp_path.iterdir())
+    with suppress(ValueError):  # earlier records are missing
+        exec(first, names := names | {"allow_cpu": True})
+    assert not names["base"].train.needs_accelerator
 
 
 def test_a_failing_notebook_leaves_its_cells_and_names_the_one(tmp_path, monkeypatch):
