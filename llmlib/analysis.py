@@ -19,16 +19,11 @@ CURVE_COLUMNS = ["kind", "step", *AXES, "loss", "val_loss", "lr", "grad_norm"]
 
 def find_runs(*folders: Path) -> dict[str, Path]:
     """Find the training runs in the folders, finished or not; trials of a study lie deeper."""
-    found = _find("*/metrics.jsonl", folders)
+    found = find("*/metrics.jsonl", folders)
     return {str(Path(name).parent): path.parent for name, path in found.items()}
 
 
-def find_external(*folders: Path) -> dict[str, Path]:
-    """Find other people's curves: CSV or JSONL files in any folder named ``external``."""
-    return _find("**/external/*.csv", folders) | _find("**/external/*.jsonl", folders)
-
-
-def _find(pattern: str, folders: tuple[Path, ...]) -> dict[str, Path]:
+def find(pattern: str, folders: tuple[Path, ...]) -> dict[str, Path]:
     """Find files by name; names in the second folder and later begin with that folder's."""
     return {
         str(path.relative_to(folder.parent if i else folder)): path
@@ -43,23 +38,6 @@ def load_curve(run: Path) -> pd.DataFrame:
     model = ModelConfig(**runs.read_config(run)["model"])
     curve["flops"] = curve.tokens * flops_per_token(model)
     return curve[curve.kind.isin(["step", "eval"])]
-
-
-def load_external(path: Path) -> pd.DataFrame:
-    """Read a file's curve like ``load_curve``: step and loss, and what else it tells."""
-    try:
-        table = pd.read_csv(path) if path.suffix == ".csv" else pd.read_json(path, lines=True)
-        curve = table.reindex(columns=CURVE_COLUMNS[1:]).astype(float)
-    except ValueError as error:
-        raise ValueError(f"{path} is no table of numbers ({error}); mend or remove it.") from error
-    if not {"step", "loss"} <= set(table):
-        raise ValueError(
-            f"{path} has the columns {', '.join(table)}; a curve needs step and loss [nats/token], "
-            "and may have tokens, seconds, flops and val_loss."
-        )
-    steps = curve.dropna(subset="loss").assign(kind="step", val_loss=math.nan)
-    evals = curve.dropna(subset="val_loss").assign(kind="eval", loss=math.nan)
-    return pd.concat([steps, evals])[CURVE_COLUMNS].sort_values("step", ignore_index=True)
 
 
 def smooth(curve: pd.DataFrame, share: float) -> pd.DataFrame:

@@ -70,54 +70,6 @@ def test_runs_of_another_folder_keep_their_place_beside_ours(tmp_path):
     assert analysis.find_runs(tmp_path / "mine", tmp_path / "theirs") == paths
 
 
-CSV = "step,loss,tokens,seconds,val_loss\n10,3.5,100,1.5,\n20,3.0,200,3.0,3.25\n"
-JSONL = (
-    '{"step": 10, "loss": 3.5, "tokens": 100, "seconds": 1.5}\n'
-    '{"step": 20, "loss": 3.0, "tokens": 200, "seconds": 3.0, "val_loss": 3.25}\n'
-)
-
-
-@pytest.mark.parametrize(("suffix", "text"), [("csv", CSV), ("jsonl", JSONL)])
-def test_other_peoples_curves_read_like_ours(tmp_path, suffix, text):
-    write_run(tmp_path / "05_full_run")
-    path = tmp_path / "theirs" / "external" / f"nanogpt.{suffix}"
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    assert analysis.find_external(tmp_path) == {f"theirs/external/nanogpt.{suffix}": path}
-    assert list(analysis.find_runs(tmp_path)) == ["05_full_run"]
-    curve = analysis.load_external(path)
-    assert curve.columns.tolist() == analysis.load_curve(tmp_path / "05_full_run").columns.tolist()
-    steps, evals = curve[curve.kind == "step"], curve[curve.kind == "eval"]
-    expected = [[10, 100, 1.5, 3.5], [20, 200, 3.0, 3.0]]
-    assert steps[["step", "tokens", "seconds", "loss"]].to_numpy().tolist() == expected
-    assert evals[["step", "val_loss"]].to_numpy().tolist() == [[20, 3.25]]
-    assert curve.flops.isna().all()
-
-
-def test_a_curve_of_steps_and_losses_alone_is_enough_but_has_no_slope(tmp_path):
-    (tmp_path / "theirs.csv").write_text("step,loss\n1,4.0\n2,3.0\n3,3.0\n")
-    curve = analysis.load_external(tmp_path / "theirs.csv")
-    assert curve[["tokens", "seconds", "flops"]].isna().all(axis=None)
-    assert analysis.smooth(curve, 1e-9).smoothed.tolist() == [4.0, 3.0, 3.0]
-    assert math.isnan(analysis.fit_slope(curve)["slope"])
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("iteration,loss\n1,4.0\n", ["columns iteration, loss", "needs step and loss"]),
-        ("step,val\n1,4.0\n", ["columns step, val", "needs step and loss"]),
-        ("step,loss\n1,four\n", ["four", "mend or remove it"]),
-        ("", ["mend or remove it"]),
-    ],
-)
-def test_a_file_that_is_no_curve_is_refused_by_name(tmp_path, text, words):
-    (tmp_path / "theirs.csv").write_text(text)
-    with pytest.raises(ValueError) as error:
-        analysis.load_external(tmp_path / "theirs.csv")
-    assert all(word in str(error.value) for word in ["theirs.csv", *words]), str(error.value)
-
-
 def test_domains_compare_across_finished_runs_that_have_them(tmp_path):
     write_run(tmp_path / "one", by_domain=[{"domain": "a", "bits_per_byte": 1.5}])
     write_run(tmp_path / "two", by_domain=[{"domain": "a", "bits_per_byte": 1.25}])
