@@ -3,7 +3,7 @@ a run's model for Hugging Face's transformers, ``plan`` says what a run will be.
 
 A notebook whose record is done, and whose parameters and source have not changed since, is not run
 again; once one has run, those after it run too, and reload what is still valid. Exit status: 0 done,
-1 a notebook failed, 2 the request was wrong, 130 interrupted.
+1 a notebook failed, 2 the request was wrong, 128 + signal when stopped.
 """
 
 import argparse
@@ -51,6 +51,10 @@ def run_all(scale: str, only: str | None, parameters: list[list[str]], runs_dir:
 def select(only: str | None) -> list[str]:
     """List notebooks in order: all, or those that ``only`` names ("3", "03_sizing", "01-03,05")."""
     stems = sorted(path.stem for path in NOTEBOOKS.glob("[0-9]*.ipynb"))
+    if not stems:
+        raise ValueError(
+            f"no notebooks in {NOTEBOOKS}; install from a clone, with pip install -e ."
+        )
     if only is None:
         return stems
     chosen: set[str] = set()
@@ -119,10 +123,12 @@ def execute(stem: str, record: Path, values: dict[str, Any]) -> None:
         )
     except PapermillExecutionError as error:
         kind = ValueError if error.ename == "ValueError" else Failed
-        raise kind(
-            f"{stem} failed in cell {error.cell_index + 1}: {error.ename}: {error.evalue} "
-            f"(The notebook up to there is {partial}.)"
-        ) from error
+        text = f"{stem} failed in cell {error.cell_index + 1}: {error.ename}: {error.evalue} "
+        if "No space left" in error.evalue or "quota exceeded" in error.evalue:
+            text += (
+                "Free some space, or use another disk: --runs-dir for records, HF_HOME for data. "
+            )
+        raise kind(f"{text}(The notebook up to there is {partial}.)") from error
     paths = {"input_path": f"notebooks/{stem}.ipynb", "output_path": "notebook.ipynb"}
     notebook.metadata.papermill.update(paths)  # no path of this machine
     nbformat.write(notebook, partial)
@@ -208,7 +214,14 @@ def main(arguments: list[str] | None = None) -> int:
     commands = {"run": run_all, "sample": sample, "export": export}
     commands["plan"] = lambda **how: print(plan.make_plan(**how).to_string(index=False))
     command = commands[options.pop("command")]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # also where SIGINT is ignored
+    received = [signal.SIGINT]
+
+    def stop(number: int, _: Any) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # Slurm's, too
+        signal.signal(number, stop)
     try:
         command(**options)
     except (ValueError, Failed) as error:
@@ -216,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on where this one stopped", file=sys.stderr)
-        return 130
+        return 128 + received[-1]
     return 0
 
 

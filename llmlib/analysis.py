@@ -18,9 +18,9 @@ CURVE_COLUMNS = ["kind", "step", *AXES, "loss", "val_loss", "lr", "grad_norm"]
 
 
 def find_runs(*folders: Path) -> dict[str, Path]:
-    """Find the training runs in the folders, finished or not; trials of a study lie deeper."""
-    found = find("*/metrics.jsonl", folders)
-    return {str(Path(name).parent): path.parent for name, path in found.items()}
+    """Find the training runs in the folders, finished or not, without the trials of a study."""
+    found = {Path(name).parent: path for name, path in find("**/metrics.jsonl", folders).items()}
+    return {str(name): path.parent for name, path in found.items() if "trials" not in name.parts}
 
 
 def find(pattern: str, folders: tuple[Path, ...]) -> dict[str, Path]:

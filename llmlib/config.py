@@ -28,6 +28,10 @@ def _share(owner: object, *names: str) -> None:
 def _positive(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
+        if isinstance(value, str):  # YAML takes 1e-3 for text
+            raise ValueError(
+                f"{name}={value!r} is text; give a number, in YAML with a point: 1.0e-3."
+            )
         if value is not None and not value > 0:
             raise ValueError(f"{name}={value} is not positive; give a number above 0.")
 

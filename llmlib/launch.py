@@ -7,6 +7,7 @@ same folder again attaches to the run if it is still there, and otherwise resume
 
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -56,10 +57,11 @@ def run_training(run: Path, *, n_processes: int | None = None) -> dict[str, Any]
             live.show(f"attached to {owner}: {progress_line(run)}", run)
             time.sleep(POLL_SECONDS)
             continue
+        seen = len(_log(run))
         process = start([run], n_processes=n_processes or devices.n_accelerators() or 1)
         _watch([process], lambda: live.show(progress_line(run), run))
         if process.returncode:
-            _raise_its_error(run, process.returncode)
+            _raise_its_error(run, process.returncode, _log(run)[seen:])
     live.show(progress_line(run))
     return result
 
@@ -77,21 +79,28 @@ def _watch(processes: list[subprocess.Popen], show: Callable[[], None]) -> None:
             process.wait()
 
 
-def _raise_its_error(run: Path, status: int) -> None:
-    tail = log_tail(run)
-    if status == 2 and "error: " in tail:
-        raise ValueError(tail.rsplit("error: ", 1)[1])
+def _raise_its_error(run: Path, status: int, log: str) -> None:
+    if status == 2 and "error: " in log:
+        raise ValueError(log.rsplit("error: ", 1)[1].strip())
+    killed = " (killed; often because memory ended)" if status == -signal.SIGKILL else ""
     raise RuntimeError(
-        f"training ended with status {status}; run the same cell again to resume from the last "
-        f"checkpoint. The end of {run.name}/train.log:\n{tail}"
+        f"training ended with status {status}{killed}; run the same cell again to resume from the "
+        f"last checkpoint. The end of {run.name}/train.log:\n{_tail(log)}"
     )
 
 
 def log_tail(run: Path, n_lines: int = 12) -> str:
     """Return the last lines that a run's process printed."""
+    return _tail(_log(run), n_lines)
+
+
+def _log(run: Path) -> str:
     path = run / "train.log"
-    lines = path.read_text(errors="replace").strip().splitlines() if path.exists() else []
-    return "\n".join(lines[-n_lines:]) or "(no output)"
+    return path.read_text(errors="replace") if path.exists() else ""
+
+
+def _tail(log: str, n_lines: int = 12) -> str:
+    return "\n".join(log.strip().splitlines()[-n_lines:]) or "(no output)"
 
 
 def run_many(folders: list[Path]) -> None:

@@ -7,6 +7,7 @@ done. Costly tables are kept as CSV, so a notebook that is run again takes secon
 
 import contextlib
 import json
+import math
 import os
 import platform
 import re
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,15 +49,19 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def n_cores() -> int:
-    """Count the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def n_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Count the cores that this process may use, by its affinity and its container's quota."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
+    spent, _, period = quota.read_text().partition(" ") if quota.exists() else ("max", "", "")
+    by_quota = len(allowed) if spent == "max" else math.ceil(int(spent) / int(period))
+    return min(len(allowed), by_quota)
 
 
 def environment() -> dict[str, Any]:
     """Describe where a run happens: device and its memory, processor, versions, commit.
 
-    Of the processor, where Linux tells: its name and the units that decide its data type.
+    Of the processor, where Linux tells: its name and the units that decide its data type. A remark
+    says what makes a measurement here wrong.
     """
     import torch
 
@@ -72,12 +78,27 @@ def environment() -> dict[str, Any]:
         "n_devices": devices.n_accelerators() or 1,
         "processor": f"{name[1] if name else platform.machine()} ({', '.join(units)})",
         "n_cores": n_cores(),
+        "n_threads": torch.get_num_threads(),
+        "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "file_system": subprocess.getoutput(f"stat -f -c %T '{ROOT}'"),
+        "remarks": _remarks(n_cores(), torch.get_num_threads(), torch.__version__),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "commit": None if status else commit,
     }
+
+
+def _remarks(n_cores: int, n_threads: int, torch_version: str) -> list[str]:
+    remarks, [pinned] = [], [r for r in requires("llmlib") if r.startswith("torch==")]
+    if n_threads < n_cores:
+        remarks.append(f"torch uses {n_threads} of {n_cores} cores; is OMP_NUM_THREADS set?")
+    if n_threads > n_cores:
+        remarks.append(f"torch uses {n_threads} threads on {n_cores} cores; set OMP_NUM_THREADS.")
+    if torch_version.split("+")[0] != pinned.removeprefix("torch=="):
+        remarks.append(f"torch is {torch_version}; this project is tested with {pinned}.")
+    return remarks
 
 
 class Record:

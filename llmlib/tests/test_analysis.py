@@ -63,6 +63,7 @@ def write_run(folder, **summary):
 def test_runs_of_another_folder_keep_their_place_beside_ours(tmp_path):
     paths = {
         "05_full_run": tmp_path / "mine" / "05_full_run",
+        "sweep/lr1": tmp_path / "mine" / "sweep" / "lr1",
         "theirs/05_full_run": tmp_path / "theirs" / "05_full_run",
     }
     for path in [*paths.values(), tmp_path / "mine" / "04_recipe" / "trials" / "deeper"]:

@@ -1,6 +1,9 @@
 """Checkpoints: whole or not there, and the newest whole one is used."""
 
+import errno
+import os
 import resource
+import stat
 
 import pytest
 import torch
@@ -121,6 +124,18 @@ def test_write_that_dies_leaves_the_old_checkpoint_in_use(tmp_path, monkeypatch,
     save(tmp_path, 2)
     assert newest_valid(tmp_path).name == "00000002"
     assert names(tmp_path) == ["1", "2"]  # nothing half-written is left
+
+
+def test_a_folder_that_cannot_be_synced_is_no_failure(tmp_path, monkeypatch):
+    fsync = checkpoint.os.fsync
+
+    def refuse_folders(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(checkpoint.os, "fsync", refuse_folders)
+    assert save(tmp_path, 3)[2] is None and newest_valid(tmp_path)
 
 
 def test_failed_write_is_reported_once_and_the_next_one_works(tmp_path):

@@ -80,3 +80,8 @@ def test_another_micro_batch_leaves_the_tokens_per_step():
     other = config.with_micro_batch(train, 8)
     assert (other.micro_batch, other.grad_accum) == (8, 32)
     assert config.with_micro_batch(train, None) == train
+
+
+def test_a_number_that_yaml_took_for_text_is_named_with_the_remedy():
+    with pytest.raises(ValueError, match=r"lr='1e-3' is text; .* 1.0e-3"):
+        TrainConfig(lr="1e-3")

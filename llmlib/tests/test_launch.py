@@ -50,16 +50,21 @@ def test_notebook_sees_one_line_and_one_curve_updated_in_place(make_run, monkeyp
     launch.run_many([])
 
 
-def test_mistake_is_the_readers_and_other_ends_show_the_log(make_run, monkeypatch):
+def test_mistake_is_the_readers_and_other_ends_show_this_attempts_log(make_run, monkeypatch):
     run = make_run(SHORT)
-    for status, error, message in (
-        (2, ValueError, "^lr=-1 is not positive"),
-        (3, RuntimeError, r"(?s)status 3; .*train\.log:.*lr=-1 is not positive"),
+    (run / "train.log").write_text("error: yesterday's\n")
+    said = "print('error: lr=-1 is not positive', file=log); log.flush(); "
+    for end, error, message in (
+        (said + "sys.exit(2)", ValueError, "^lr=-1 is not positive$"),
+        (said + "sys.exit(3)", RuntimeError, r"(?s)status 3; .*train\.log:.*lr=-1 is not positive"),
+        ("os.kill(os.getpid(), 9)", RuntimeError, r"(?s)killed; often because memory.*no output"),
     ):
-        (run / "train.log").write_text("a line\nerror: lr=-1 is not positive\n")
-        process = [sys.executable, "-c", f"raise SystemExit({status})"]
-        started = subprocess.Popen(process, stdin=subprocess.PIPE)
-        monkeypatch.setattr(launch, "start", lambda *_, started=started, **__: started)
+        code = f"import os, sys; log = open({str(run / 'train.log')!r}, 'a'); {end}"
+
+        def start(*_, code=code, **__):
+            return subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+
+        monkeypatch.setattr(launch, "start", start)
         with pytest.raises(error, match=message):
             launch.run_training(run)
 

@@ -28,7 +28,27 @@ def test_record_claims_its_config_and_refuses_another_one_or_format(tmp_path):
     with pytest.raises(ValueError, match=r"run a in .* has format 1, this version writes 2"):
         runs.open_record("a", about, scale="smoke", runs_dir=tmp_path)
     environment = runs.read_json(record.path / "environment.json")
-    assert {"torch", "python", "device", "commit", "n_cores"} <= environment.keys()
+    facts = {"torch", "python", "device", "commit", "n_cores", "n_threads", "file_system"}
+    assert facts <= environment.keys() and environment["ram_bytes"] > 2**28
+
+
+def test_cores_are_those_of_the_containers_quota(tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.os, "sched_getaffinity", lambda _: range(64), raising=False)
+    assert runs.n_cores(tmp_path / "none") == 64
+    for text, n in ("max 100000\n", 64), ("200000 100000\n", 2), ("50000 100000\n", 1):
+        (tmp_path / "cpu.max").write_text(text)
+        assert runs.n_cores(tmp_path / "cpu.max") == n
+
+
+def test_remarks_name_what_makes_a_measurement_wrong():
+    [pinned] = [r for r in runs.requires("llmlib") if r.startswith("torch==")]
+    version = pinned.removeprefix("torch==")
+    assert runs._remarks(8, 8, f"{version}+cpu") == []
+    assert "1 of 8 cores" in runs._remarks(8, 1, version)[0]
+    assert "64 threads on 2 cores" in runs._remarks(2, 64, version)[0]
+    assert (
+        f"torch is 2.1.0; this project is tested with {pinned}" in runs._remarks(2, 2, "2.1.0")[0]
+    )
 
 
 def test_tables_and_values_are_computed_once_and_failures_leave_nothing_behind(tmp_path):
