@@ -89,9 +89,10 @@ def resize(
 class DataConfig:
     """Where text comes from and how it becomes tokens."""
 
-    corpus: str = "DKYoon/SlimPajama-6B"  # hub id, folder, file, or "stdlib"
+    corpus: str = "DKYoon/SlimPajama-6B"  # hub id, folder, file, "python" or "stdlib"
     subset: str | None = None  # hub configuration name
     revision: str | None = None  # hub commit, tag or branch
+    text_column: str | None = None  # of the texts; None: "text", or the only one of strings
     tokenizer: str = "gpt2"  # a tiktoken name, or "bpe": train one on the corpus
     bpe_vocab_size: int = 4096  # used by "bpe" only [tokens]
     n_tokens: int | None = None  # stop after the shard that reaches this many [tokens]
@@ -188,7 +189,13 @@ class Scale:
 
 SCALES = {
     "smoke": Scale(
-        DataConfig(corpus="stdlib", tokenizer="bpe", bpe_vocab_size=512, n_tokens=200_000),
+        DataConfig(
+            corpus="stdlib",
+            tokenizer="bpe",
+            bpe_vocab_size=512,
+            n_tokens=200_000,
+            test_size=0.02,
+        ),
         llama_config(2, 64, d_head=32, vocab_size=512, seq_len=64),
         TrainConfig(
             budget_hours=None,
