@@ -77,7 +77,7 @@ def resize(
     123.6 M parameters.
     """
     base = model
-    if arch == "gpt2" and model == ModelConfig():
+    if arch == "gpt2" and model == ModelConfig(vocab_size=model.vocab_size):
         base = llama_config(12, 768)
     n_layer, d_model = n_layer or base.n_layer, d_model or base.d_model
     shape = {"d_head": model.d_head, "vocab_size": model.vocab_size, "seq_len": model.seq_len}
@@ -229,6 +229,11 @@ def get_scale(name: str) -> Scale:
     """Look up a scale by name."""
     _one_of("scale", name, SCALES)
     return SCALES[name]
+
+
+def fit_vocabulary(scale: Scale, vocab_size: int) -> Scale:
+    """Give a scale's model the vocabulary of its tokens, padded to a multiple of 64."""
+    return replace(scale, model=replace(scale.model, vocab_size=-(-vocab_size // 64) * 64))
 
 
 def override(config: Any, **changes: Any) -> Any:

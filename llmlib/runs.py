@@ -202,7 +202,7 @@ def create_run(
     if vocab_size > model.vocab_size:
         raise ValueError(
             f"the tokenizer has {vocab_size} tokens but the model's vocab_size is "
-            f"{model.vocab_size}; raise vocab_size to a multiple of 64 above it."
+            f"{model.vocab_size}; give it {-(-vocab_size // 64) * 64} (config.fit_vocabulary does)."
         )
     config = {"model": to_json(model), "train": to_json(train), "data": data or {}}
     config["tokens_dir"] = os.path.relpath(tokens_dir.resolve(), path.resolve())

@@ -88,7 +88,9 @@ def test_run_is_what_was_asked_and_finds_its_tokens_after_a_move(tmp_path, smoke
 
 def test_vocabulary_that_does_not_fit_the_model_is_refused(tmp_path):
     runs.write_json(tmp_path / "manifest.json", {"tokenizer": {"vocab_size": 1000}})
-    with pytest.raises(ValueError, match="1000 tokens but the model's vocab_size is 512"):
+    with pytest.raises(
+        ValueError, match=r"1000 tokens but the model's vocab_size is 512; give it 1024"
+    ):
         runs.create_run(tmp_path / "run", SMOKE.model, SMOKE.train, tmp_path)
 
 

@@ -196,6 +196,7 @@ def test_wrong_requests_end_with_status_2_and_the_remedy(arguments, words, llmli
     ("stem", "words"),
     [
         ("01_data_prep", ["could not be opened", "no/such/folder"]),
+        ("02_throughput", ["run 01_data_prep first"]),
         ("03_sizing", ["run 02_throughput first"]),
         ("04_recipe", ["run 01_data_prep first"]),
         ("05_full_run", ["run 01_data_prep first"]),
@@ -251,7 +252,11 @@ def test_an_interrupted_workbook_has_saved_and_goes_on_where_it_stopped(tmp_path
     SIGTERM comes to a shell's background job, which ignores SIGINT.
     """
     runs.write_json(tmp_path / "01_data_prep" / "config.json", {"format": 2})
-    summary = {"tokenizer": {"sha256": ""}, "n_tokens": 1, "val_tokens_per_byte": 0.25}
+    summary = {
+        "tokenizer": {"sha256": "", "vocab_size": 512},
+        "n_tokens": 1,
+        "val_tokens_per_byte": 0.25,
+    }
     runs.write_json(tmp_path / "01_data_prep" / "summary.json", summary)
     (tmp_path / "01_data_prep" / "tokens").symlink_to(smoke_tokens)
     runs.write_json(tmp_path / "02_throughput" / "config.json", {"format": 2})
