@@ -209,7 +209,7 @@ SCALES = {
         ),
     ),
     "laptop": Scale(
-        DataConfig(corpus="stdlib", tokenizer="bpe", bpe_vocab_size=4096, test_size=0.05),
+        DataConfig(corpus="python", tokenizer="bpe", bpe_vocab_size=4096, test_size=0.013),
         llama_config(2, 128, d_head=32, vocab_size=4096, seq_len=256),
         TrainConfig(
             budget_hours=0.05,
