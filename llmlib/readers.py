@@ -1,45 +1,43 @@
 """One file to documents: text, JSON lines, tables; plain or compressed, by content and extension.
 
-A reader holds a few documents at a time, reads the columns that are used and no others, and notes in
+A reader holds a few documents at a time, takes the columns that are used and no others, and notes in
 a tally what it read, mended and left out. Where files come from is ``corpus``'s business.
 """
 
 import bz2
-import codecs
 import csv
 import gzip
 import json
 import lzma
 import re
-from collections.abc import Callable, Iterable, Iterator
+from codecs import BOM_UTF16_BE, BOM_UTF16_LE
+from collections.abc import Iterable, Iterator
 from io import BufferedReader, TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path, PurePath
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-PIECE_BYTES = (10_000, 100_000)  # of a lone or long text: cut at a blank line, at the latest there
-WHOLE_BYTES = 1_000_000  # a text file of a folder up to this size is one document
+PIECE = (10_000, 100_000)  # of a lone or long text: cut at a blank line, at most [characters]
+WHOLE = 1_000_000  # a text file of a folder up to this size is one document [characters]
 ROWS_PER_READ = 64  # so that even rows of a megabyte need little memory
 DOMAIN = "redpajama_set_name"  # the field of ``meta`` that names it
-END = b"<|endoftext|>"
-END_LINE = re.compile(rb"<\|endoftext\|>(?<![^\n]<\|endoftext\|>)[ \t]*\r?\n")  # nothing else in it
-BLANK_LINE = re.compile(rb"\n\r?\n")
-HALF_PAIR = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # of a surrogate pair; the others are bytes
-BINARY = re.compile(rb"\0|\A%PDF")
-MARKUP_START = re.compile(rb"(?i)\s*(?:<!doctype html|<html)")
+END = "<|endoftext|>"
+END_LINE = re.compile(r"<\|endoftext\|>(?<![^\n]<\|endoftext\|>)[ \t]*\r?\n")  # no more in the line
+BLANK_LINE = re.compile(r"\n\r?\n")
+HALF_PAIR = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # of surrogates; the others are bytes
 MARKUP = {".html", ".htm", ".xhtml", ".xml", ".svg", ".ipynb"}
-UNPACK: dict[bytes, Callable[[IO[bytes]], IO[bytes]]] = {
+MARKUP_START = re.compile(rb"(?i)\s*(?:<!doctype html|<html)")
+BINARY = re.compile(rb"\0|\A%PDF")
+UNPACK = {  # by a file's first bytes
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\0": lzma.open,
-    b"\x28\xb5\x2f\xfd": lambda file: BufferedReader(pa.CompressedInputStream(file, "zstd")),
+    b"\x28\xb5\x2f\xfd": lambda file: pa.CompressedInputStream(file, "zstd"),
 }
 PACKED = {".gz", ".bz2", ".xz", ".zst"}
-UTF16_32 = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 Tally = dict[tuple[str, str], list]  # (kind of file, what was met) -> [how often, an example]
 
@@ -72,19 +70,18 @@ class File(NamedTuple):
     name: PurePath  # below the corpus's folder; its suffixes tell the kind
     domain: str
     tally: Tally
-    column: str | None = None  # that holds the texts; None: "text", or the only one that could
+    column: str | None = None  # that holds the texts; None: "text", or the only one of strings
     lone: bool = False  # the whole of a corpus, or of a shard: must be readable
 
     @property
     def suffix(self) -> str:
-        """The last suffix below that of compression, in lower case."""
-        suffixes = [s.lower() for s in self.name.suffixes if s.lower() not in PACKED]
-        return suffixes[-1] if suffixes else ""
+        """The last suffix but that of compression, in lower case."""
+        return next((s for s in map(str.lower, self.name.suffixes[::-1]) if s not in PACKED), "")
 
     def note(self, what: str, n: int = 1, example: str | None = None) -> None:
-        """Count something that was met."""
-        packed = self.name.suffix.lower() if self.name.suffix.lower() in PACKED else ""
-        kind = self.suffix + packed or "no extension"
+        """Count something that was met; the first file of its kind is the example."""
+        packed = {self.name.suffix.lower()} & PACKED
+        kind = "".join([self.suffix, *packed]) or "no extension"
         example = str(self.name) if example is None else example
         self.tally.setdefault((kind, what), [0, example])[0] += n
 
@@ -96,8 +93,8 @@ def read_file(file: File) -> Iterator[Document]:
             if document.fault == "invalid_utf8":
                 file.note("documents mended: not UTF-8")
                 file.note("bytes replaced", document.text.count("\ufffd"))
-            if document.raw and (n := document.raw.count(END)):
-                file.note(f"{END.decode()} as text", n)
+            if document.raw and (n := document.raw.count(END.encode())):
+                file.note(f"{END} as text", n)
             yield document
         file.note("files read", example="")
     except LeftOut as reason:
@@ -116,27 +113,23 @@ def _documents(file: File) -> Iterator[Document]:
         unpack = next((u for magic, u in UNPACK.items() if packed.peek().startswith(magic)), None)
         stream = BufferedReader(unpack(packed)) if unpack else packed
         head = stream.peek()
-        if file.suffix in MARKUP or MARKUP_START.match(head):
-            raise LeftOut("markup")
         if head.startswith(b"version https://git-lfs"):
             raise ValueError(f"{file.name} is a git-lfs pointer, not the text; run git lfs pull")
+        if file.suffix in MARKUP or MARKUP_START.match(head):
+            raise LeftOut("markup")
         if head.startswith(b"PAR1") or file.suffix == ".parquet":
             yield from _parquet(file, stream)
-        elif BINARY.search(head) and not head.startswith(UTF16_32):
+            return
+        is_utf16 = head.startswith((BOM_UTF16_LE, BOM_UTF16_BE))
+        if BINARY.search(head) and not is_utf16:
             raise LeftOut("binary")
-        elif file.suffix in ROWS:
-            yield from _rows(file, ROWS[file.suffix](file, _decoded(file, stream)))
+        # Any byte of what should be UTF-8 comes back as it was.
+        how = ("utf-16", "replace") if is_utf16 else ("utf-8-sig", "surrogateescape")
+        text = TextIOWrapper(stream, *how, newline="")
+        if file.suffix in ROWS:
+            yield from _rows(file, ROWS[file.suffix](file, text))
         else:
-            yield from _texts(file, _decoded(file, stream))
-
-
-def _decoded(file: File, stream: BufferedReader) -> TextIOWrapper:
-    """Decode UTF-8 so that any byte comes back, UTF-16 and -32 by their byte order mark."""
-    if not (head := stream.peek()).startswith(UTF16_32):
-        return TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-    encoding = "utf-32" if head.startswith(UTF16_32[:2]) else "utf-16"
-    file.note(f"files decoded: {encoding}")
-    return TextIOWrapper(stream, encoding, "replace", newline="")
+            yield from _texts(file, text)
 
 
 def _encoded(text: str) -> bytes:
@@ -148,30 +141,30 @@ def _encoded(text: str) -> bytes:
 
 def _texts(file: File, text: TextIOWrapper) -> Iterator[Document]:
     """Cut at lines that hold <|endoftext|>; elsewhere only a lone or a long text is cut."""
-    blocks = iter(lambda: _encoded(text.read(1 << 20)), b"")
-    first = next(blocks, b"")
-    whole = END_LINE.search(first) or (len(first) <= WHOLE_BYTES and not file.lone)
-    least, most = (WHOLE_BYTES, WHOLE_BYTES) if whole else PIECE_BYTES
-    for piece in _pieces(chain([first], blocks), least, most) if first else [b""]:
-        yield Document(piece, file.domain)
+    blocks = iter(lambda: text.read(WHOLE + 1), "")
+    first = next(blocks, "")
+    whole = END_LINE.search(first) or (len(first) <= WHOLE and not file.lone)
+    least, most = (WHOLE, WHOLE) if whole else PIECE
+    for piece in _pieces(chain([first], blocks), least, most) if first else [""]:
+        yield Document(_encoded(piece), file.domain)
 
 
-def _pieces(blocks: Iterable[bytes], least: int, most: int) -> Iterator[bytes]:
-    buffer = b""
-    for block in chain(blocks, [b""]):  # the last one is empty
-        if not block and buffer.rpartition(b"\n")[2].strip() == END:
-            block = b"\n"
+def _pieces(blocks: Iterable[str], least: int, most: int) -> Iterator[str]:
+    buffer = ""
+    for block in chain(blocks, [""]):  # the last one is empty
+        if not block and buffer.rpartition("\n")[2].strip() == END:
+            block = "\n"
         buffer, start = buffer + block, 0
-        while ends := _next_cut(buffer, start, least, most):
-            if start < ends[0]:
-                yield buffer[start : ends[0]]
-            start = ends[1]
+        while cut := _next_cut(buffer, start, least, most):
+            if start < cut[0]:
+                yield buffer[start : cut[0]]
+            start = cut[1]
         buffer = buffer[start:]
     if buffer:
         yield buffer
 
 
-def _next_cut(buffer: bytes, start: int, least: int, most: int) -> tuple[int, int] | None:
+def _next_cut(buffer: str, start: int, least: int, most: int) -> tuple[int, int] | None:
     """Find where a document ends and where the next begins; None: not in this buffer."""
     blank = BLANK_LINE.search(buffer, start + least, start + most)
     stop = blank.end() if blank else start + most
@@ -180,36 +173,33 @@ def _next_cut(buffer: bytes, start: int, least: int, most: int) -> tuple[int, in
     if not blank and len(buffer) <= stop:
         return None
     if not blank:
-        stop = buffer.rfind(b"\n", start, stop) + 1 or _character_start(buffer, stop)
+        stop = buffer.rfind("\n", start, stop) + 1 or stop
     return stop, stop
-
-
-def _character_start(buffer: bytes, place: int) -> int:
-    """Go back to the first byte of a character, at most three."""
-    return place - next((i for i in range(4) if buffer[place - i] & 0xC0 != 0x80), 0)
 
 
 # ---------------------------------------------------------------------- rows
 
 
-def _rows(file: File, rows: Iterable[Any]) -> Iterator[Document]:
+def _rows(file: File, rows: Iterable[Any], column: str | None = None) -> Iterator[Document]:
     """Take the texts of rows, which are objects or plain strings; an odd one costs itself."""
     rows = iter(rows)
     head = list(islice(rows, ROWS_PER_READ))
-    types: dict[str, str] = {}
-    for row in head:
-        if isinstance(row, dict):
-            types |= {str(k): type(v).__name__ for k, v in row.items() if v is not None}
-    column = _column(file, types) if types else ""
+    cells = [cell for row in head if isinstance(row, dict) for cell in row.items()]
+    types = {str(name): type(value).__name__ for name, value in cells if value is not None}
+    column = column or (_column(file, types) if types else "")
     for row in chain(head, rows):
-        value, meta = row, None
-        if isinstance(row, dict):
-            value, meta = _field(row, column), row.get("meta")
-        if not isinstance(value, str | None):
+        value = _field(row, column)
+        if isinstance(value, str):
+            if HALF_PAIR.search(value):
+                file.note("documents mended: half a surrogate pair")
+            value = _encoded(value)
+        elif not isinstance(value, bytes | None):
             file.note(f"rows left out: {type(value).__name__} in place of a text")
-        elif value and HALF_PAIR.search(value):
-            file.note("documents mended: half a surrogate pair")
-        yield Document(_encoded(value) if isinstance(value, str) else None, _domain(file, meta))
+            value = None
+        meta = row.get("meta") if isinstance(row, dict) else None
+        meta = _parsed(meta) if isinstance(meta, str | bytes) else meta
+        domain = meta.get(DOMAIN) if isinstance(meta, dict) else None
+        yield Document(value, domain if domain and isinstance(domain, str) else file.domain)
 
 
 def _column(file: File, types: dict[str, str]) -> str:
@@ -225,23 +215,15 @@ def _column(file: File, types: dict[str, str]) -> str:
     return strings[0]
 
 
-def _field(row: dict[str, Any], column: str) -> Any:
-    if column in row:
-        return row[column]
-    for part in column.split("."):
-        row = row.get(part) if isinstance(row, dict) else None
-    return row
+def _field(row: Any, column: str) -> Any:
+    """Find a column of a row, or a field of one ("document.text"); a plain string is itself."""
+    if not isinstance(row, dict) or column in row:
+        return row[column] if isinstance(row, dict) else row
+    first, _, rest = column.partition(".")
+    return _field(row.get(first), rest) if rest else None
 
 
-def _domain(file: File, meta: Any) -> str:
-    """Read a row's domain from its ``meta``: an object, or one written as JSON."""
-    if isinstance(meta, str):
-        meta = _parsed(meta)
-    domain = meta.get(DOMAIN) if isinstance(meta, dict) else None
-    return domain if isinstance(domain, str) and domain else file.domain
-
-
-def _parsed(text: str) -> Any:
+def _parsed(text: str | bytes) -> Any:
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -257,19 +239,22 @@ def _json_lines(file: File, lines: Iterable[str]) -> Iterator[Any]:
 
 
 def _json(file: File, text: TextIOWrapper) -> Iterable[Any]:
-    """Read a .json: lines, a list of rows, or one below a key of an object."""
-    first, second = text.readline(), text.readline()
+    """Read a .json: lines, a list of rows, one row, or rows below a key of an object."""
+    wanted, first, second = file.column or "text", text.readline(), text.readline()
     if second.strip() and isinstance(_parsed(first), dict):
         return _json_lines(file, chain([first, second], text))
     whole = _parsed(first + second + text.read())
-    if isinstance(whole, dict):
-        if isinstance(_field(whole, file.column or "text"), str):
-            return [whole]
-        lists = {key: rows for key, rows in whole.items() if isinstance(rows, list) and rows}
-        for key, rows in lists.items():
-            if all(isinstance(r, dict) and _field(r, file.column or "text") for r in rows[:1]):
-                file.note(f"files whose rows are below {key!r}")
-                return rows
+    if isinstance(whole, dict) and _field(whole, wanted):
+        return [whole]
+    for key, rows in whole.items() if isinstance(whole, dict) else ():
+        if (
+            isinstance(rows, list)
+            and rows
+            and isinstance(rows[0], dict)
+            and _field(rows[0], wanted)
+        ):
+            file.note(f"files whose rows are below {key!r}")
+            return rows
     if not isinstance(whole, list):
         raise LeftOut("JSON without rows of text")
     return whole
@@ -283,43 +268,28 @@ def _csv(file: File, text: TextIOWrapper) -> Iterable[dict[str, Any]]:
     return csv.DictReader(text, names, delimiter=delimiter)
 
 
-ROWS: dict[str, Callable[[File, TextIOWrapper], Iterable[Any]]] = {
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": _csv,
-}
+ROWS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv}
 
 
 def _parquet(file: File, stream: BufferedReader) -> Iterator[Document]:
     # Buffered and without read-ahead: one huge row group takes no more memory than many.
     table = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
-    schema = table.schema_arrow
-    types = {f.name: "str" if _is_text(f.type) else str(f.type) for f in schema}
+    types = {f.name: "str" if _is_text(f.type) else str(f.type) for f in table.schema_arrow}
     column = _column(file, types)
-    meta = {"str": "meta", None: None}.get(types.get("meta"), f"meta.{DOMAIN}")
-    wanted = [name for name in (column, meta) if name]
-    for batch in table.iter_batches(ROWS_PER_READ, columns=wanted):
-        texts = _array(batch, column)
-        if not _is_text(texts.type):
-            raise LeftOut(f"column {column!r} holds {texts.type}, not text")
-        if pa.types.is_dictionary(texts.type):
-            texts = texts.dictionary_decode()
-        metas = batch["meta"].to_pylist() if "meta" in batch.schema.names else [None] * len(batch)
-        for raw, about in zip(texts.cast(pa.large_binary()).to_pylist(), metas, strict=True):
-            yield Document(raw, _domain(file, about))
+    if types.get(column, "str") != "str":
+        raise LeftOut(f"column {column!r} holds {types[column]}, not text")
+    meta = "meta" if types.get("meta") == "str" else f"meta.{DOMAIN}"
 
+    def rows() -> Iterator[dict[str, Any]]:
+        for batch in table.iter_batches(ROWS_PER_READ, columns=[column, meta]):
+            # As bytes: a string that is not UTF-8 costs itself.
+            arrays = [a.cast(pa.large_binary()) if _is_text(a.type) else a for a in batch.columns]
+            yield from pa.RecordBatch.from_arrays(arrays, batch.schema.names).to_pylist()
 
-def _array(batch: pa.RecordBatch, column: str) -> pa.Array:
-    """Find a column, or a field of one: "document.text"."""
-    if column in batch.schema.names:
-        return batch[column]
-    first, *fields = column.split(".")
-    return pc.struct_field(batch[first], fields)
+    yield from _rows(file, rows(), column)
 
 
 def _is_text(kind: pa.DataType) -> bool:
-    """Whether a column holds strings, in any of arrow's ways, or bytes."""
+    """Whether a column holds strings or bytes, in any of arrow's ways."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     return bool(re.fullmatch(r"(large_)?(string|binary)(_view)?", str(kind)))

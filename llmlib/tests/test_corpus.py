@@ -49,9 +49,9 @@ def test_single_file_is_a_corpus(tmp_path, suffix):
 def test_lone_text_file_is_cut_at_blank_lines_without_loss(tmp_path, blank):
     text = blank.join(texts(300, seed=0)).encode()
     (tmp_path / "book.txt").write_bytes(text)
-    pieces = [document.raw for document in _read(tmp_path / "book.txt")]
-    assert b"".join(pieces) == text
-    assert len(pieces) > 3 and all(piece.endswith(b"\n") for piece in pieces[:-1])
+    pieces = [document.text for document in _read(tmp_path / "book.txt")]
+    assert "".join(pieces).encode() == text
+    assert len(pieces) > 3 and all(piece.endswith("\n") for piece in pieces[:-1])
     assert all(10_000 <= len(piece) < 12_000 for piece in pieces[:-1])
 
 

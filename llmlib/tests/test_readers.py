@@ -117,7 +117,7 @@ def test_pointer_of_git_lfs_is_recognised(tmp_path, name):
 # ---------------------------------------------------------------------- plain text
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
 @pytest.mark.parametrize("suffix", ["txt", "csv", "jsonl"])
 def test_byte_order_mark_tells_the_encoding_and_is_dropped(tmp_path, suffix, encoding):
     text = {"csv": "text\nnaïve\n", "jsonl": '{"text": "naïve"}\n'}.get(suffix, "naïve")
@@ -150,7 +150,7 @@ def test_text_without_blank_lines_is_cut_at_line_ends_then_anywhere(tmp_path):
         for path in (tmp_path, tmp_path / "long.txt"):
             found, met = _read(path)
             assert "".join(found) == text and (".txt", "bytes replaced") not in met
-            assert all(90_000 < len(piece.encode()) <= 100_000 for piece in found[:-1])
+            assert all(90_000 < len(piece) <= 100_000 for piece in found[:-1])
             assert text == one_line or all(piece.endswith("\n") for piece in found)
 
 
