@@ -57,9 +57,7 @@ class Corpus:
     official: dict[str, list[Shard]] = field(default_factory=dict)  # the data set's other splits
     n_documents: int | None = None  # in train, where the source declares it
     candidates: list[int] | None = None  # documents that may be held out; None: all
-    about: dict[str, Any] = field(
-        default_factory=dict
-    )  # by which two machines tell their texts apart
+    about: dict[str, str] = field(default_factory=dict)  # versions and a hash of own sources
 
 
 def open_corpus(config: DataConfig) -> Corpus:
@@ -82,10 +80,14 @@ def open_corpus(config: DataConfig) -> Corpus:
                 (link := Path(safe, name)).parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to((path / name).resolve())
             return _datasets_corpus(config, safe, path)
-    files = [(str(n), n.parts[0] if len(n.parts) > 1 else "top level") for n in names]
-    if not files:
+    if not names:
         raise ValueError(f"corpus={config.corpus!r} could not be opened: the folder is empty.")
-    return Corpus(_shards(path, files, config.text_column))
+    return Corpus(_shards(path, [(str(name), _top(name)) for name in names], config.text_column))
+
+
+def _top(name: PurePath) -> str:
+    """A file's domain: its top folder."""
+    return name.parts[0] if len(name.parts) > 1 else "top level"
 
 
 def _names(root: Path, left_out: Set[str] = frozenset()) -> Iterator[PurePath]:
@@ -98,16 +100,16 @@ def _names(root: Path, left_out: Set[str] = frozenset()) -> Iterator[PurePath]:
 
 def _shards(folder: Path, files: list[tuple[str, str]], column: str | None = None) -> list[Shard]:
     """Group files into shards, in order."""
-    groups, n_bytes = [], 0
+    groups, n_bytes = [[]], 0
     for name, domain in files:
         size = os.path.getsize(folder / name) if os.path.exists(folder / name) else 0
-        if not groups or len(groups[-1]) == FILES_PER_SHARD or n_bytes + size > BYTES_PER_SHARD:
-            groups, n_bytes = [*groups, []], 0
+        if groups[-1] and (n_bytes + size > BYTES_PER_SHARD or len(groups[-1]) == FILES_PER_SHARD):
+            groups.append([])
+            n_bytes = 0
         groups[-1].append((name, domain))
         n_bytes += size
-    return [
-        Shard(f"train-{i:05d}", str(folder), (*g,), column=column) for i, g in enumerate(groups)
-    ]
+    url = str(folder)
+    return [Shard(f"train-{i:05d}", url, (*g,), column=column) for i, g in enumerate(groups)]
 
 
 def _own_sources(packages: tuple[str, ...]) -> Corpus:
@@ -118,15 +120,14 @@ def _own_sources(packages: tuple[str, ...]) -> Corpus:
     roots = {"stdlib": Path(sysconfig.get_paths()["stdlib"])}
     roots |= {name: Path(find_spec(name).origin).parent for name in packages}
     names = [(n, p) for p, root in roots.items() for n in _names(root, NOT_SOURCES)]
-    names.sort(key=lambda pair: hashlib.sha256(pair[0].as_posix().encode()).digest())
+    names = [(n, p) for n, p in names if n.suffix == ".py" and n.name[0] != "."]
+    names.sort(key=lambda pair: hashlib.sha256(os.fsencode(pair[0].as_posix())).digest())
     texts: dict[bytes, tuple[str, str]] = {}
     for name, package in names:
-        if name.suffix == ".py" and name.name[0] != ".":
-            text = (path := roots[package] / name).read_bytes()
-            if len(text) <= MOST_SOURCE_BYTES and not GENERATED.search(text[:1000]):
-                top = name.parts[0] if len(name.parts) > 1 else "top level"
-                domain = package if packages else top
-                texts.setdefault(hashlib.sha256(text).digest(), (str(path), domain))
+        text = (path := roots[package] / name).read_bytes()
+        if len(text) <= MOST_SOURCE_BYTES and not GENERATED.search(text[:1000]):
+            domain = package if packages else _top(name)
+            texts.setdefault(hashlib.sha256(text).digest(), (str(path), domain))
     files = list(texts.values())
     may = [i for i, (_, domain) in enumerate(files) if not packages or domain in HELD_OUT]
     about = {name: importlib.metadata.version(name) for name in packages}

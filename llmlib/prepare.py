@@ -12,7 +12,6 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Container, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ BPE_TRAINING_BYTES = 16_000_000  # text that a trained tokenizer sees
 MANY_SHARDS = 100  # more are not counted: held-out documents come from those that are used
 MOST_INVALID = 0.05  # share of a shard's documents that may hold bytes that are not UTF-8
 DOCUMENTS_PER_JOB = 64  # about 0.5 MB of text: enough to hide what Python adds
+BYTES_PER_JOB = 1_000_000  # so that long documents take no more memory
 
 Marker = dict[str, Any]  # what is written about a finished token file
 Encoded = tuple[list, np.ndarray]  # a document's [index, domain, bytes, tokens], and its tokens
@@ -206,7 +206,7 @@ class Writer:
     ) -> Iterator[Encoded]:
         """Encode documents, in order, and count their faults; few at a time, for memory."""
         jobs = deque()
-        while job := list(islice(documents, DOCUMENTS_PER_JOB)):
+        for job in _jobs(documents):
             n_of_fault.update(document.fault for _, document in job)
             self.bar.update(len(job))
             jobs.append(self.pool.submit(self._encode, job))
@@ -251,6 +251,19 @@ class Writer:
                 start += n_tokens
         order = sorted(found) if isinstance(heldout, Drawn) else filter(found.get, heldout)
         return self._write_val("val.bin", [found[index] for index in order])
+
+
+def _jobs(documents: Iterator[tuple[int, Document]]) -> Iterator[list[tuple[int, Document]]]:
+    """Group documents by number and size."""
+    job, n_bytes = [], 0
+    for index, document in documents:
+        job.append((index, document))
+        n_bytes += len(document.raw or b"")
+        if len(job) == DOCUMENTS_PER_JOB or n_bytes >= BYTES_PER_JOB:
+            yield job
+            job, n_bytes = [], 0
+    if job:
+        yield job
 
 
 def _require_utf8(shard: Shard, tally: Tally, n_of_fault: Counter) -> None:

@@ -243,6 +243,31 @@ def test_manifest_tells_what_was_read_and_left_out(tmp_path):
         prepare.prepare(_config(tmp_path / "none"), tmp_path / "no tokens")
 
 
+PEAK = """
+import json, sys
+from pathlib import Path
+from llmlib import prepare
+from llmlib.config import DataConfig
+prepare.BPE_TRAINING_BYTES = 1_000_000
+prepare.prepare(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]))
+[line] = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+print(line.split()[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_of_preparation_does_not_grow_with_a_text_without_line_ends(tmp_path):
+    peaks = []
+    for n_mb in (16, 64):
+        (tmp_path / "one_line.txt").write_bytes(b"word " * (n_mb * 200_000))
+        config = json.dumps(to_json(_config(tmp_path / "one_line.txt", test_size=0.01)))
+        command = [sys.executable, "-c", PEAK, config, str(tmp_path / str(n_mb))]
+        out = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert data.load_manifest(tmp_path / str(n_mb))["n_tokens"] > n_mb * 190_000
+        peaks.append(int(out.stdout))
+    assert peaks[1] - peaks[0] < 30_000, peaks
+
+
 def test_text_of_another_encoding_is_refused_by_name(tmp_path):
     files = {f"{i}.txt": text.encode() for i, text in enumerate(texts(30, seed=0))}
     files |= {f"é{i}.txt": "Café crème".encode("latin-1") for i in range(2)}
@@ -271,6 +296,8 @@ def test_own_sources_that_change_on_the_way_are_refused(tmp_path, monkeypatch):
     runs.write_json(tmp_path / "source.json", source)
     with pytest.raises(ValueError, match=r"have changed since .* delete that folder"):
         prepare.prepare(config, tmp_path)
+    runs.write_json(tmp_path / "manifest.json", {"finished": True})
+    assert prepare.prepare(config, tmp_path) == {"finished": True}
 
 
 @pytest.mark.skipif(not (SHARED / "minipajama").exists(), reason="needs a miniature of SlimPajama")
