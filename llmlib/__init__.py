@@ -2,6 +2,7 @@
 
 The notebooks ask and answer, this package computes, ``runs/`` is all that passes between them. Read
 in this order: config, model, optim, schedule, step, budget, checkpoint, resume, train for the run
-itself; tokenizer, corpus, data, prepare for its tokens; sizing, bench, study for what to spend it on;
-runs, analysis, plots, launch, inference and __main__ for records, figures and the command line.
+itself; tokenizer, readers, corpus, prepare, data for its tokens; sizing, bench, study for what to
+spend it on; runs, analysis, plots, launch, inference and __main__ for records, figures and the
+command line.
 """

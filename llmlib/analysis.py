@@ -98,6 +98,11 @@ def split_table(manifest: dict[str, Any]) -> pd.DataFrame:
     return pd.DataFrame([{"split": name, **t[counts].sum()} for name, t in tables.items()])
 
 
+def file_table(manifest: dict[str, Any]) -> pd.DataFrame:
+    """Tell per kind of file what ``prepare`` read, mended and left out; empty for older tokens."""
+    return pd.DataFrame(manifest.get("files", []), columns=["kind", "what", "count", "example"])
+
+
 def domain_scores(scores: dict[str, dict[str, float]], split: list[dict[str, Any]]) -> pd.DataFrame:
     """Tabulate each domain's scores (as ``step.evaluate`` gives them), with its bits per byte."""
     table = pd.DataFrame([{"domain": domain} | values for domain, values in scores.items()])

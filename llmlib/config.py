@@ -82,7 +82,7 @@ def resize(
     123.6 M parameters.
     """
     base = model
-    if arch == "gpt2" and model == ModelConfig():
+    if arch == "gpt2" and model == ModelConfig(vocab_size=model.vocab_size):
         base = llama_config(12, 768)
     n_layer, d_model = n_layer or base.n_layer, d_model or base.d_model
     shape = {"d_head": model.d_head, "vocab_size": model.vocab_size, "seq_len": model.seq_len}
@@ -94,9 +94,10 @@ def resize(
 class DataConfig:
     """Where text comes from and how it becomes tokens."""
 
-    corpus: str = "DKYoon/SlimPajama-6B"  # hub id, folder, file, or "stdlib"
+    corpus: str = "DKYoon/SlimPajama-6B"  # hub id, folder, file, "python" or "stdlib"
     subset: str | None = None  # hub configuration name
     revision: str | None = None  # hub commit, tag or branch
+    text_column: str | None = None  # of the texts; None: "text", or the only one of strings
     tokenizer: str = "gpt2"  # a tiktoken name, or "bpe": train one on the corpus
     bpe_vocab_size: int = 4096  # used by "bpe" only [tokens]
     n_tokens: int | None = None  # stop after the shard that reaches this many [tokens]
@@ -194,7 +195,13 @@ class Scale:
 
 SCALES = {
     "smoke": Scale(
-        DataConfig(corpus="stdlib", tokenizer="bpe", bpe_vocab_size=512, n_tokens=200_000),
+        DataConfig(
+            corpus="stdlib",
+            tokenizer="bpe",
+            bpe_vocab_size=512,
+            n_tokens=200_000,
+            test_size=0.02,
+        ),
         llama_config(2, 64, d_head=32, vocab_size=512, seq_len=64),
         TrainConfig(
             budget_hours=None,
@@ -208,7 +215,7 @@ SCALES = {
         ),
     ),
     "laptop": Scale(
-        DataConfig(corpus="stdlib", tokenizer="bpe", bpe_vocab_size=4096, test_size=0.05),
+        DataConfig(corpus="python", tokenizer="bpe", bpe_vocab_size=4096, test_size=0.013),
         llama_config(2, 128, d_head=32, vocab_size=4096, seq_len=256),
         TrainConfig(
             budget_hours=0.05,
@@ -233,6 +240,11 @@ def get_scale(name: str, *, allow_cpu: bool = False) -> Scale:
     _one_of("scale", name, SCALES)
     scale, changes = SCALES[name], {"needs_accelerator": False} if allow_cpu else {}
     return replace(scale, train=replace(scale.train, **changes))
+
+
+def fit_vocabulary(scale: Scale, vocab_size: int) -> Scale:
+    """Give a scale's model the vocabulary of its tokens, padded to a multiple of 64."""
+    return replace(scale, model=replace(scale.model, vocab_size=-(-vocab_size // 64) * 64))
 
 
 def override(config: Any, **changes: Any) -> Any:

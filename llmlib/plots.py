@@ -5,6 +5,7 @@ names what is shown; it states a finding only where the caller, who knows the no
 figures come with controls for somebody who sits in JupyterLab.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib.util import find_spec
@@ -87,10 +88,17 @@ def _spread(table: pd.DataFrame, name: str) -> list[pd.Series]:
     return [table[name] - table[f"{name}_low"], table[f"{name}_high"] - table[name]]
 
 
+def literal(name: str) -> str:
+    """Write a name as it is: no mathematics, no second line, not hidden from a legend."""
+    shown = "".join(c if c.isprintable() else "\ufffd" for c in name)
+    return re.sub("^_", "\u200b_", shown.replace("$", r"\$"))
+
+
 @styled
 def domain_mix(figure: Figure, table: pd.DataFrame) -> None:
     """Show each domain's share of tokens and how many bytes a token holds there."""
     table = table.head(N_DOMAINS).iloc[::-1]
+    table = table.assign(domain=table.domain.map(literal))
     figure.set_figheight(0.9 + 0.24 * len(table))
     left, right = figure.subplots(1, 2, sharey=True)
     left.barh(table.domain, 100 * table.share, color=BLUE)
@@ -244,12 +252,12 @@ def domain_scores(figure: Figure, table: pd.DataFrame, names: Sequence[str] = ()
     """
     wide = table.pivot(index="domain", columns="run", values="bits_per_byte")
     wide = wide.loc[table.groupby("domain").n_tokens.max().nlargest(N_DOMAINS).index]
-    wide = wide.loc[wide.mean(axis=1).sort_values(ascending=False).index]
+    wide = wide.loc[wide.mean(axis=1).sort_values(ascending=False).index].rename(index=literal)
     figure.set_figheight(1.3 + 0.24 * len(wide))
     axes = figure.subplots()
     for run, look in looks(names or table.run.unique()).items():
         if run in wide:
-            axes.plot(wide[run], wide.index, label=run, **(look | {"linestyle": ""}))
+            axes.plot(wide[run], wide.index, label=literal(run), **(look | {"linestyle": ""}))
     axes.set(xlabel="Loss [bits per byte of text]", title="Loss by domain")
 
 

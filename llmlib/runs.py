@@ -113,7 +113,7 @@ class Record:
         if (path / "config.json").exists():
             there, here = read_config(path), self.config
             names = sorted((there | here).keys() - {"measured"})
-            both = [(name, there.get(name), here.get(name)) for name in names]
+            both = [(name, _given(there.get(name)), _given(here.get(name))) for name in names]
             differing = [f"{name}: {a!r} there, {b!r} here" for name, a, b in both if a != b]
             if differing:
                 _refuse(path, f"was made with another config ({'; '.join(differing):.600})")
@@ -150,6 +150,13 @@ class Record:
         """Write the summary, the last file of a record."""
         write_json(self.path / "summary.json", summary)
         return summary
+
+
+def _given(value: Any) -> Any:
+    """Drop what is None, so that a setting that is new and not used tells no configs apart."""
+    if isinstance(value, dict):
+        return {name: _given(v) for name, v in value.items() if v is not None}
+    return value
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -223,7 +230,7 @@ def create_run(
     if vocab_size > model.vocab_size:
         raise ValueError(
             f"the tokenizer has {vocab_size} tokens but the model's vocab_size is "
-            f"{model.vocab_size}; raise vocab_size to a multiple of 64 above it."
+            f"{model.vocab_size}; give it {-(-vocab_size // 64) * 64} (config.fit_vocabulary does)."
         )
     config = {"model": to_json(model), "train": to_json(train), "data": data or {}}
     config["tokens_dir"] = os.path.relpath(tokens_dir.resolve(), path.resolve())

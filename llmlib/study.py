@@ -42,6 +42,7 @@ PLANS = {
     ),
 }
 RATE_GUESS = {"adamw": 2.0, "muon": 10.0, "sophia": 0.5}  # times the base rate, at "laptop"
+SCORED_TOKENS = 64_000  # validation tokens of a study's run, at most
 LONG_TOKENS = 1_000_000  # in shorter runs, compiling and long validations do not pay
 
 
@@ -72,10 +73,11 @@ def _row(folder: Path) -> dict[str, Any]:
     return row | {"loss": result["val"]["loss"], "status": "finished"}
 
 
-def _planned(train: TrainConfig, n_tokens: int, **changes: Any) -> TrainConfig:
+def _planned(model: ModelConfig, train: TrainConfig, n_tokens: int, **changes: Any) -> TrainConfig:
     """Budget a run in tokens, with one validation at its end."""
-    is_long = n_tokens >= LONG_TOKENS
-    shared = {"n_evals": 1, "eval_all": is_long, "compile": train.compile and is_long}
+    is_long, most = n_tokens >= LONG_TOKENS, SCORED_TOKENS // model.seq_len
+    shared = {"n_evals": 1, "eval_all": False, "compile": train.compile and is_long}
+    shared |= {"eval_windows": most if is_long else min(most, train.eval_windows)}
     return override(train, budget_tokens=n_tokens, **shared, **changes)
 
 
@@ -86,7 +88,7 @@ def size_settings(base: ModelConfig, train: TrainConfig, plan: Plan) -> Settings
         model = resize(base, arch=base.arch, n_layer=n_layer, d_model=d_model)
         lr = train.lr * (base.d_model / d_model) ** 0.5
         for n in plan.size_tokens:
-            settings[f"{n_layer}x{d_model}-{n}"] = (model, _planned(train, n, lr=lr))
+            settings[f"{n_layer}x{d_model}-{n}"] = (model, _planned(model, train, n, lr=lr))
     return settings
 
 
@@ -98,7 +100,7 @@ def optimizer_settings(model: ModelConfig, train: TrainConfig, plan: Plan) -> Se
     grid = [(name, x * guess) for name, guess in RATE_GUESS.items() for x in plan.rate_factors]
     settings = {}
     for name, factor in [*grid, ("sophia_writeup", 1.0)]:
-        trial = _planned(train, plan.trial_tokens, optimizer=name, lr=factor * train.lr)
+        trial = _planned(model, train, plan.trial_tokens, optimizer=name, lr=factor * train.lr)
         settings[f"{name}-lr{trial.lr:.2g}"] = (model, trial)
     return settings
 
@@ -106,7 +108,7 @@ def optimizer_settings(model: ModelConfig, train: TrainConfig, plan: Plan) -> Se
 def recipe_settings(model: ModelConfig, recipes: dict[str, TrainConfig], plan: Plan) -> Settings:
     """Every recipe with every seed; runs of one seed share their data order."""
     return {
-        f"{name}-seed{seed}": (model, _planned(train, plan.trial_tokens, seed=seed))
+        f"{name}-seed{seed}": (model, _planned(model, train, plan.trial_tokens, seed=seed))
         for name, train in recipes.items()
         for seed in plan.seeds
     }

@@ -28,6 +28,17 @@ def test_every_scale_survives_json_and_has_the_rates_of_both_recipes(scale):
     assert config.override(preset.train, **config.recipe("winner2024", scale)) == preset.train
 
 
+@pytest.mark.parametrize("scale", config.SCALES)
+def test_vocabulary_of_the_tokens_decides_the_models_in_multiples_of_64(scale):
+    base = config.get_scale(scale)
+    for vocab_size, padded in ((50_257, 50_304), (512, 512), (513, 576), (100_277, 100_288)):
+        fitted = config.fit_vocabulary(base, vocab_size)
+        assert fitted.model == config.override(base.model, vocab_size=padded)
+        assert (fitted.data, fitted.train) == (base.data, base.train)
+    baseline = config.resize(config.override(ModelConfig(), vocab_size=576), arch="gpt2")
+    assert (baseline.n_layer, baseline.d_model, baseline.vocab_size) == (12, 768, 576)
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [

@@ -96,7 +96,7 @@ def test_subset_of_a_pinned_revision_is_counted_from_footers(hub, tmp_path):
     source, _ = _prepare(hub, tmp_path, subset="sample-10BT", revision=pinned)
     assert (source["revision"], source["n_documents"]) == (pinned, 400)
     assert not any("data/full" in path for path in hub.downloads())
-    _assert_same_as_local(tmp_path, sample)
+    _assert_same_as_local(tmp_path, sample | {"README.md": b"---\nlicense: mit\n---\n"})
 
 
 def test_rows_of_a_csv_data_set_are_documents(hub, tmp_path):

@@ -83,6 +83,24 @@ def test_a_curve_appears_only_where_its_axis_is_known():
 
 
 @pytest.mark.parametrize(
+    "name", ["a_1$ and $b^2$", "_hidden", r"\$\frac{", "two\nlines", "[x]*%s{}"]
+)
+def test_names_of_folders_and_runs_are_shown_as_they_are(name):
+    table = pd.DataFrame({"domain": [name, "b"], "share": [0.5, 0.5], "bytes_per_token": [3, 4]})
+    scores = table.assign(run=name, bits_per_byte=1.0, n_tokens=5)
+    for figure in (plots.domain_mix(table), plots.domain_scores(scores)):
+        figure.canvas.draw()
+        labels = figure.axes[0].get_yticklabels()
+        legend = figure.axes[0].get_legend()
+        for text in (*labels, *(legend.get_texts() if legend else ())):
+            shown, is_math = text._preprocess_math(text.get_text())
+            assert not is_math
+            assert shown.strip("\u200b") in (name.replace("\n", "\ufffd"), "b")
+    [handle] = figure.axes[0].get_legend_handles_labels()[1]
+    assert not handle.startswith("_")
+
+
+@pytest.mark.parametrize(
     ("value", "text"),
     [(179_983_360, "180M"), (1.5e9, "1.5B"), (950, "950"), (0.0, "0"), (33_400, "33.4k")],
 )

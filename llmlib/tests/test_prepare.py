@@ -14,7 +14,7 @@ import pytest
 
 from llmlib import corpus, data, locks, prepare, runs
 from llmlib.config import DataConfig, to_json
-from llmlib.tests.hub_server import parquet, texts, write_corpus
+from llmlib.tests.hub_server import parquet, texts, write, write_corpus
 from llmlib.tokenizer import load_tokenizer
 
 SHARED = runs.ROOT.parent / "shared"
@@ -102,8 +102,8 @@ from pathlib import Path
 from llmlib import corpus, prepare
 from llmlib.config import DataConfig
 read = corpus.read_documents
-def slow(shard):
-    for document in read(shard):
+def slow(shard, tally=None):
+    for document in read(shard, tally):
         time.sleep(0.003)
         yield document
 corpus.read_documents = slow
@@ -226,6 +226,78 @@ def test_corpus_whose_declared_size_is_wrong_is_refused(tmp_path):
     (hub / "README.md").write_text(readme.replace('examples": 100', 'examples": 101'))
     with pytest.raises(ValueError, match="declares 101 documents but holds 100"):
         prepare.prepare(_config(hub), tmp_path / "tokens")
+
+
+def test_manifest_tells_what_was_read_and_left_out(tmp_path):
+    files = {f"{i}.txt": text.encode() for i, text in enumerate(texts(300, seed=0))}
+    write(tmp_path / "my", files | {"b.html": b"<p>", "a.html": b"<p>", "c.txt": b"caf\xe9"})
+    manifest = prepare.prepare(_config(tmp_path / "my"), tmp_path / "tokens")
+    assert manifest["files"] == [
+        [".html", "files left out: markup", 2, "a.html"],
+        [".txt", "bytes replaced", 1, "c.txt"],
+        [".txt", "documents mended: not UTF-8", 1, "c.txt"],
+        [".txt", "files read", 301, ""],
+    ]
+    with pytest.raises(ValueError, match=r"has 0 document.*\.html files left out: markup: 1"):
+        write(tmp_path / "none", {"b.html": b"<p>"})
+        prepare.prepare(_config(tmp_path / "none"), tmp_path / "no tokens")
+
+
+PEAK = """
+import json, sys
+from pathlib import Path
+from llmlib import prepare
+from llmlib.config import DataConfig
+prepare.BPE_TRAINING_BYTES = 1_000_000
+prepare.prepare(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]))
+[line] = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+print(line.split()[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_memory_of_preparation_does_not_grow_with_a_text_without_line_ends(tmp_path):
+    peaks = []
+    for n_mb in (16, 64):
+        (tmp_path / "one_line.txt").write_bytes(b"word " * (n_mb * 200_000))
+        config = json.dumps(to_json(_config(tmp_path / "one_line.txt", test_size=0.01)))
+        command = [sys.executable, "-c", PEAK, config, str(tmp_path / str(n_mb))]
+        out = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert data.load_manifest(tmp_path / str(n_mb))["n_tokens"] > n_mb * 190_000
+        peaks.append(int(out.stdout))
+    assert peaks[1] - peaks[0] < 30_000, peaks
+
+
+def test_text_of_another_encoding_is_refused_by_name(tmp_path):
+    files = {f"{i}.txt": text.encode() for i, text in enumerate(texts(30, seed=0))}
+    files |= {f"é{i}.txt": "Café crème".encode("latin-1") for i in range(2)}
+    with pytest.raises(ValueError, match=r"2 of the 32 documents .* é0\.txt among them; .*iconv"):
+        prepare.prepare(_config(write(tmp_path / "my", files)), tmp_path / "tokens")
+
+
+def test_beyond_many_shards_documents_are_held_out_of_those_that_are_used(tmp_path, monkeypatch):
+    hub = write_corpus(tmp_path / "hub", n_shards=4, n_documents=120)
+    (hub / "README.md").unlink()
+    monkeypatch.setattr(prepare, "MANY_SHARDS", 3)
+    monkeypatch.setattr(corpus, "count_documents", None)  # nobody counts
+    manifest = prepare.prepare(_config(hub, n_tokens=1), tmp_path / "tokens")
+    assert manifest["source"]["heldout"].endswith("from the shards that are used")
+    train, val = (_texts(tmp_path / "tokens", split) for split in ("train", "val"))
+    assert sorted(train + val) == sorted(texts(120, seed=0)) and 2 <= len(val) <= 15
+
+
+def test_own_sources_that_change_on_the_way_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare.Writer, "write_split", lambda *_: 1 / 0)
+    config = DataConfig(corpus="stdlib", tokenizer="bpe", bpe_vocab_size=257)
+    with pytest.raises(ZeroDivisionError):
+        prepare.prepare(config, tmp_path)
+    source = runs.read_json(tmp_path / "source.json")
+    source["about"]["sha256"] = "another"
+    runs.write_json(tmp_path / "source.json", source)
+    with pytest.raises(ValueError, match=r"have changed since .* delete that folder"):
+        prepare.prepare(config, tmp_path)
+    runs.write_json(tmp_path / "manifest.json", {"finished": True})
+    assert prepare.prepare(config, tmp_path) == {"finished": True}
 
 
 @pytest.mark.skipif(not (SHARED / "minipajama").exists(), reason="needs a miniature of SlimPajama")

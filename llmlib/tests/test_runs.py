@@ -16,13 +16,15 @@ SMOKE = SCALES["smoke"]
 
 
 def test_record_claims_its_config_and_refuses_another_one_or_format(tmp_path):
-    about = {"lr": 0.1, "betas": (0.9, 0.95), "measured": {"peak": 1.0}}
+    about = {"lr": 0.1, "betas": (0.9, 0.95), "data": {"a": 1}, "measured": {"peak": 1.0}}
     record = runs.open_record("a", about, scale="smoke", runs_dir=tmp_path)
     before = (record.path / "config.json").read_bytes()
     runs.open_record("a", about | {"measured": {"peak": 2.0}}, scale="smoke", runs_dir=tmp_path)
     for other, shown in ({"lr": 0.2}, "lr: 0.1 there, 0.2 here"), ({"x": 1}, "x: None there"):
         with pytest.raises(ValueError, match=rf"run a in .*{shown}.*choose another run_name"):
             runs.open_record("a", about | other, scale="smoke", runs_dir=tmp_path)
+    unused = about | {"data": {"a": 1, "new": None}}
+    runs.open_record("a", unused, scale="smoke", runs_dir=tmp_path)
     assert (record.path / "config.json").read_bytes() == before
     (record.path / "config.json").write_text('{"lr": 0.1}')
     with pytest.raises(ValueError, match=r"run a in .* has format 1, this version writes 2"):
@@ -106,7 +108,9 @@ def test_run_is_what_was_asked_and_finds_its_tokens_after_a_move(tmp_path, smoke
 
 def test_vocabulary_that_does_not_fit_the_model_is_refused(tmp_path):
     runs.write_json(tmp_path / "manifest.json", {"tokenizer": {"vocab_size": 1000}})
-    with pytest.raises(ValueError, match="1000 tokens but the model's vocab_size is 512"):
+    with pytest.raises(
+        ValueError, match=r"1000 tokens but the model's vocab_size is 512; give it 1024"
+    ):
         runs.create_run(tmp_path / "run", SMOKE.model, SMOKE.train, tmp_path)
 
 

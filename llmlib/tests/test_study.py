@@ -23,6 +23,7 @@ def test_sizes_are_whole_runs_at_planned_token_counts(scale):
         expected = base.train.lr * (base.model.d_model / model.d_model) ** 0.5
         assert train.lr == pytest.approx(expected)
         assert (model.vocab_size, model.seq_len) == (base.model.vocab_size, base.model.seq_len)
+        assert not train.eval_all and 1 <= train.eval_windows * model.seq_len <= 64_000
 
 
 @pytest.mark.parametrize("scale", PLANS)

@@ -205,6 +205,7 @@ def test_wrong_requests_end_with_status_2_and_the_remedy(arguments, words, llmli
     ("stem", "words"),
     [
         ("01_data_prep", ["could not be opened", "no/such/folder"]),
+        ("02_throughput", ["run 01_data_prep first"]),
         ("03_sizing", ["run 02_throughput first"]),
         ("04_recipe", ["run 01_data_prep first"]),
         ("05_full_run", ["run 01_data_prep first"]),
@@ -279,7 +280,11 @@ def test_selection_understands_names_lists_and_ranges():
 def pretend_data(folder, tokens):
     """Write what 05 reads of 01's record."""
     runs.write_json(folder / "01_data_prep" / "config.json", {"format": 2})
-    summary = {"tokenizer": {"sha256": ""}, "n_tokens": 1, "val_tokens_per_byte": 0.25}
+    summary = {
+        "tokenizer": {"sha256": "", "vocab_size": 512},
+        "n_tokens": 1,
+        "val_tokens_per_byte": 0.25,
+    }
     runs.write_json(folder / "01_data_prep" / "summary.json", summary)
     (folder / "01_data_prep" / "tokens").symlink_to(tokens)
 

@@ -1,0 +1,290 @@
+"""Every kind of file that people bring: what is read, mended, left out and counted."""
+
+import bz2
+import gzip
+import json
+import lzma
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from llmlib import readers
+from llmlib.config import DataConfig
+from llmlib.corpus import open_corpus, read_documents
+from llmlib.tests.hub_server import write
+
+STORY = "A small fox went out to look at the rain.\nIt came home wet.\n\nThe end.\n"
+
+
+def _zstd(data: bytes) -> bytes:
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as file:
+        file.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+def _read(path: Path, **settings: object) -> tuple[list[str | None], dict]:
+    """Return the texts of a corpus (None: none) and what was met, by kind."""
+    tally: readers.Tally = {}
+    shards = open_corpus(DataConfig(corpus=str(path), **settings)).train
+    documents = [d for shard in shards for d in read_documents(shard, tally)]
+    return [d.raw and d.text for d in documents], {k: n for k, (n, _) in tally.items()}
+
+
+def _rows(*values: object) -> bytes:
+    return "".join(json.dumps({"text": value}) + "\n" for value in values).encode()
+
+
+# ---------------------------------------------------------------------- formats
+
+
+@pytest.mark.parametrize(
+    "stray", ["index.json", "page.html", "cat.png", "notes.ipynb", "empty.pdf"]
+)
+def test_stray_file_changes_no_document_and_is_named(tmp_path, stray):
+    stories = {f"story{i}.txt": STORY.encode() * 5 for i in range(3)}
+    expected, _ = _read(write(tmp_path / "alone", stories))
+    content = {"index.json": b'{"made": "2024-05-01"}', "cat.png": b"\x89PNG\r\n\x1a\n\0\0"}
+    content = content.get(stray, b"%PDF-1.7 <html>" if "pdf" in stray else b"<!DOCTYPE html><p>")
+    found, met = _read(write(tmp_path / "beside", stories | {stray: content}))
+    assert found == expected == [STORY * 5] * 3
+    [reason] = [what for kind, what in met if kind == Path(stray).suffix]
+    assert reason.startswith("files left out: ")
+
+
+PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": _zstd}
+
+
+@pytest.mark.parametrize("packed", ["", *PACKERS, "content only"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".ndjson", ".json", ".csv", ".tsv"])
+def test_every_format_reads_the_same_plain_or_compressed(tmp_path, suffix, packed):
+    content = {
+        ".txt": b"one, and\nanother",
+        ".json": b'["one, and\\nanother"]',
+        ".csv": b'id,text\n1,"one, and\nanother"\n',
+        ".tsv": b'text\tid\n"one, and\nanother"\t1\n',
+    }.get(suffix, _rows("one, and\nanother"))
+    content = PACKERS.get(packed, gzip.compress if packed else bytes)(content)
+    name = f"my{suffix}{packed if packed in PACKERS else ''}"
+    found, met = _read(write(tmp_path, {name: content}))
+    assert found == ["one, and\nanother"]
+    assert met == {(suffix + (packed if packed in PACKERS else ""), "files read"): 1}
+
+
+def test_files_of_a_folder_are_read_in_sorted_order_whatever_their_names(tmp_path):
+    names = ["train-timetables.jsonl", "dev-blog.jsonl", "posts.jsonl", "[a]*?{b}%20#.jsonl"]
+    files = {name: _rows(name) for name in names}
+    found, _ = _read(write(tmp_path / "x $y_1$ [z]*::#?", files))
+    assert found == sorted(names)
+    assert _read(tmp_path / "x $y_1$ [z]*::#?" / names[-1])[0] == [names[-1]]
+
+
+def test_names_that_all_follow_a_split_pattern_make_splits(tmp_path):
+    files = {f"{s}-00000-of-00001.jsonl": _rows(s) for s in ("train", "validation")}
+    opened = open_corpus(DataConfig(corpus=str(write(tmp_path / "a[1]*", files))))
+    assert [len(opened.train), *opened.official] == [1, "validation"]
+    assert _read(tmp_path / "a[1]*")[0] == ["train"]
+
+
+def test_what_no_reader_should_open_is_named(tmp_path):
+    write(tmp_path, {"a.txt": b"a", ".git/config": b"", "._theirs.csv": b"\0", "b/c.txt": b"c"})
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    (tmp_path / "gone.txt").symlink_to("nowhere")
+    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("d")
+    found, met = _read(tmp_path)
+    assert sorted(found) == ["a", "c", "d"]
+    left_out = {key: n for key, n in met.items() if "left out" in key[1]}
+    hidden, no_file = (
+        f"files left out: {why}" for why in ("hidden", "a link to a folder, or not a file")
+    )
+    expected = {("no extension", hidden): 1, (".csv", hidden): 1}
+    assert left_out == expected | {("no extension", no_file): 1, (".txt", no_file): 2}
+
+
+@pytest.mark.parametrize("name", ["story.txt", "train-00000-of-00001.parquet", "a.jsonl"])
+def test_pointer_of_git_lfs_is_recognised(tmp_path, name):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 146946961\n"
+    with pytest.raises(ValueError, match=r"git-lfs pointer, .*; run git lfs pull"):
+        _read(write(tmp_path, {name: pointer}))
+
+
+# ---------------------------------------------------------------------- plain text
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("suffix", ["txt", "csv", "jsonl"])
+def test_byte_order_mark_tells_the_encoding_and_is_dropped(tmp_path, suffix, encoding):
+    text = {"csv": "text\nnaïve\n", "jsonl": '{"text": "naïve"}\n'}.get(suffix, "naïve")
+    found, _ = _read(write(tmp_path, {f"my.{suffix}": text.encode(encoding)}))
+    assert found == ["naïve"]
+
+
+def test_replaced_bytes_are_counted(tmp_path):
+    found, met = _read(write(tmp_path, {"a.txt": "Café crème".encode("latin-1"), "b.txt": b"b"}))
+    assert found == ["Caf\ufffd cr\ufffdme", "b"]
+    assert met[".txt", "bytes replaced"] == 2
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_lines_of_the_end_of_text_marker_separate_documents(tmp_path, end):
+    stories = [f"Story {i}, with <|endoftext|> inside.{end}" for i in range(30_000)]
+    text = f"<|endoftext|>{end}".join(stories)
+    for last in ("", "<|endoftext|>", f"<|endoftext|>{end}"):
+        (tmp_path / "stories.txt").write_bytes((text + last).encode())
+        for path in (tmp_path, tmp_path / "stories.txt"):
+            found, met = _read(path)
+            assert found == stories
+            assert met[".txt", "<|endoftext|> as text"] == 30_000
+
+
+def test_text_without_blank_lines_is_cut_at_line_ends_then_anywhere(tmp_path):
+    lines, one_line = "a line of text\n" * 300_000, "漢字" * 700_000
+    for text in (lines, one_line):
+        (tmp_path / "long.txt").write_text(text)
+        for path in (tmp_path, tmp_path / "long.txt"):
+            found, met = _read(path)
+            assert "".join(found) == text and (".txt", "bytes replaced") not in met
+            assert all(90_000 < len(piece) <= 100_000 for piece in found[:-1])
+            assert text == one_line or all(piece.endswith("\n") for piece in found)
+
+
+def test_text_of_a_folder_is_whole_up_to_a_size(tmp_path):
+    text = ("word " * 2_000 + "\n\n") * 99
+    assert _read(write(tmp_path / "a", {"a.txt": text.encode()}))[0] == [text]
+    longer, _ = _read(write(tmp_path / "b", {"a.txt": text.encode() * 2}))
+    assert len(longer) > 99 and "".join(longer) == text * 2
+
+
+PEAK = """
+import sys
+from pathlib import Path
+from llmlib import corpus
+shard = corpus.Shard("x", sys.argv[1])
+n = sum(len(d.raw) for d in corpus.read_documents(shard))
+[line] = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
+print(n, line.split()[1])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.jsonl"])
+def test_memory_does_not_grow_with_the_file(tmp_path, name):
+    peaks = []
+    for n_mb in (16, 64):
+        line = b'{"text": "' + b"word " * 195 + b'"}\n'
+        text = line * (n_mb * 1000) if "jsonl" in name else b"word " * (n_mb * 200_000)
+        (tmp_path / name).write_bytes(gzip.compress(text, 1) if "gz" in name else text)
+        command = [sys.executable, "-c", PEAK, str(tmp_path / name)]
+        out = subprocess.run(command, capture_output=True, text=True, check=True)
+        n_bytes, peak_kib = map(int, out.stdout.split())
+        assert n_bytes > 0.9 * n_mb * 1e6
+        peaks.append(peak_kib)
+    assert peaks[1] - peaks[0] < 8_000, peaks
+
+
+# ---------------------------------------------------------------------- rows
+
+
+@pytest.mark.parametrize(
+    ("odd", "reason"),
+    [
+        (b'{"text": 12345}', "int in place of a text"),
+        (b'{"text": ["a"]}', "list in place of a text"),
+    ]
+    + [(line, "not JSON") for line in (b'{"text": ', b"[" * 100_000, b'{"text": "a\\')],
+)
+def test_one_bad_row_costs_one_row(tmp_path, odd, reason):
+    texts = [f'He said "no" on\nday {i}' for i in range(200)]
+    rows = _rows(*texts[:150]) + odd + b"\n\n" + _rows(*texts[150:])
+    found, met = _read(write(tmp_path, {"my.jsonl": rows}) / "my.jsonl")
+    assert found == [*texts[:150], None, *texts[150:]]
+    assert met[".jsonl", f"rows left out: {reason}"] == 1
+
+
+def test_half_a_surrogate_pair_is_replaced_and_counted(tmp_path):
+    rows = b'{"text": "whole \\ud83d\\ude00"}\n{"text": "cut \\ud83d"}\n{"text": "raw \xff"}\n'
+    found, met = _read(write(tmp_path, {"my.jsonl": rows}))
+    assert found == ["whole \U0001f600", "cut \ufffd", "raw \ufffd"]
+    assert met[".jsonl", "documents mended: half a surrogate pair"] == 1
+    assert met[".jsonl", "bytes replaced"] == 1
+
+
+def test_fields_that_are_not_used_never_matter(tmp_path):
+    rows = [{"text": "word " * 200, "note": None if i < 9000 else [{}]} for i in range(10_000)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    assert len(_read(write(tmp_path, {"a.jsonl": lines}))[0]) == 10_000
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ({"data": [{"text": "a"}, {"text": "b"}]}, ["a", "b"]),
+        (["a", "b"], ["a", "b"]),
+        ([{"text": "a"}, {"text": "b"}], ["a", "b"]),
+        ({"text": "a"}, ["a"]),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_holds_a_list_of_rows_or_one_below_a_key(tmp_path, value, expected, indent):
+    found, met = _read(write(tmp_path, {"my.json": json.dumps(value, indent=indent).encode()}))
+    assert found == expected
+    assert ((".json", "files whose rows are below 'data'") in met) == ("data" in value)
+
+
+STRINGS = [pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
+
+
+@pytest.mark.parametrize("kind", STRINGS, ids=str)
+def test_strings_of_every_kind_are_read(tmp_path, kind):
+    table = pa.table({"text": pa.array(["alpha", None, "alpha"]).cast(kind), "id": [1, 2, 3]})
+    pq.write_table(table, tmp_path / "my.parquet")
+    assert _read(tmp_path)[0] == ["alpha", None, "alpha"]
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
+def test_column_of_the_texts_is_asked_for_or_the_only_one_of_strings(tmp_path, suffix):
+    def read(rows: list[dict], **settings: object) -> tuple:
+        path = tmp_path / f"my.{suffix}"
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        if suffix == "parquet":
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            path.write_text(lines)
+        return _read(path, **settings)
+
+    found, met = read([{"content": "a", "stars": 1, "meta": '{"redpajama_set_name": "x"}'}])
+    assert found == ["a"] and (f".{suffix}", "files whose texts are column 'content'") in met
+    assert read([{"title": "a", "body": "b"}], text_column="body")[0] == ["b"]
+    assert read([{"document": {"text": "a"}}], text_column="document.text")[0] == ["a"]
+    with pytest.raises(ValueError, match=r"no 'text' column \(it has title: str, body: str\)"):
+        read([{"title": "a", "body": "b"}])
+    with pytest.raises(ValueError, match=r"no 'text' column \(it has document: (dict|struct).*\)"):
+        read([{"document": {"text": "a"}}])
+    with pytest.raises(ValueError, match=r"no 'body' column \(it has title: str\)"):
+        read([{"title": "a"}], text_column="body")
+
+
+def test_column_of_lists_is_named_for_what_it_is(tmp_path):
+    pq.write_table(pa.table({"text": [["a", "b"], ["c"]]}), tmp_path / "my.parquet")
+    with pytest.raises(ValueError, match=r"column 'text' holds list<.*string>, not text"):
+        _read(tmp_path / "my.parquet")
+
+
+def test_domain_stands_in_meta_as_object_or_as_json(tmp_path):
+    metas = ['{"redpajama_set_name": "a"}', "no json", None, '{"redpajama_set_name": 3}']
+    pq.write_table(pa.table({"text": ["x"] * 4, "meta": metas}), tmp_path / "my.parquet")
+    [shard] = open_corpus(DataConfig(corpus=str(tmp_path))).train
+    assert [d.domain for d in read_documents(shard)] == ["a"] + ["top level"] * 3
+
+
+def test_table_of_a_spreadsheet_is_read(tmp_path):
+    long = "word " * 50_000
+    text = f'\ufeffid;text;stars\r\n1;"{long}";5\r\n2;"a ""b""\r\nc"\r\n3\r\n'
+    found, _ = _read(write(tmp_path, {"my.csv": text.encode()}))
+    assert found == [long, 'a "b"\r\nc', None]
