@@ -239,7 +239,7 @@ def compare_curves(
             if len(rows):
                 every = -(-len(rows) // 8)
                 style = look | {"markevery": every, "alpha": 1.0 if has_evals else 0.5}
-                panel.plot(rows[quantity], rows[shown], label=label, **style)
+                panel.plot(rows[quantity], rows[shown], label=literal(label), **style)
         panel.set(xscale="log", xlabel=LABELS[quantity])
     panels[0].set(ylabel=LABELS["val_loss"], title="Loss by tokens, time and compute")
 
