@@ -129,28 +129,49 @@ def speed_by_shape(figure: Figure, table: pd.DataFrame) -> None:
 
 
 @styled
-def loss_by_size(
-    figure: Figure, points: pd.DataFrame, answer: pd.DataFrame, marks: dict[str, float]
+def iso_time(
+    figure: Figure, points: pd.DataFrame, optima: pd.DataFrame, marks: dict[str, float]
 ) -> None:
-    """Show measured losses by size and tokens, and the fit's loss at every size for the budget.
+    """Show loss by size for every time, a point per seed, and the minima with their intervals.
 
-    ``answer`` as ``sizing.best_size`` returns it; ``marks`` name sizes [parameters].
+    ``optima`` as ``isotime.find_optima`` tabulates them; ``marks`` name two sizes at most [parameters].
     """
+    axes, times = figure.subplots(), points.groupby("seconds")
+    colours = plt.cm.cividis(np.linspace(0, 0.85, len(times)))
+    for (seconds, part), colour in zip(times, colours, strict=True):
+        axes.plot(part.n_params, part.loss, "o", color=colour, markersize=4)
+        label = {"label": f"{seconds:g} s", "color": colour, "marker": ""}
+        axes.plot(part.groupby("n_params").loss.mean(), linestyle="-", **label)
+    stand, bars = optima.dropna(subset="n_params"), {"color": ORANGE, "marker": "D", "capsize": 3}
+    bars |= {"xerr": _spread(stand, "n_params"), "zorder": 3, "linestyle": "--"}
+    axes.errorbar(stand.n_params, stand.loss, label="minimum, 90 %", **bars)
+    for (name, n_params), style in zip(marks.items(), (":", "-."), strict=False):
+        axes.axvline(n_params, color=BLACK, linestyle=style, linewidth=1, label=name)
+    axes.set(xscale="log", xlabel=LABELS["n_params"], ylabel=LABELS["val_loss"])
+    axes.set(title="Loss by size for equal training time")
+
+
+@styled
+def loss_by_time(figure: Figure, optima: pd.DataFrame, predictions: pd.DataFrame) -> None:
+    """Show the loss at the best size by time, with predictions for other times (same columns)."""
     axes = figure.subplots()
-    for n_tokens, part in points.sort_values("n_params").groupby("n_tokens"):
-        axes.plot(part.n_params, part.loss, label=f"{short_number(n_tokens)} tokens")
-    low, high = points.n_params.min() / 2, points.n_params.max() * 2
-    near = answer[answer.n_params.between(low, high)]
-    axes.plot(near.n_params, near.loss, color=BLACK, linestyle="-", marker="", label="fit, budget")
-    axes.fill_between(near.n_params, near.low, near.high, color=BLACK, alpha=0.15)
-    for i, (name, n_params) in enumerate(marks.items()):
-        axes.axvline(n_params, **DOTTED)
-        place = {"xycoords": ("data", "axes fraction"), "va": "top", "fontsize": 9}
-        axes.annotate(f" {name}", (n_params, 0.98 - 0.08 * i), **place)
-    lowest = min(points.loss.min(), near.loss.min())  # the fit may rise without bound
-    axes.set(ylim=(lowest - 0.2, points.loss.max() + 0.2), xlim=(low, high), xscale="log")
-    axes.set(xlabel=LABELS["n_params"], ylabel=LABELS["val_loss"])
-    axes.set(title="Loss by size: measured, and fitted for the budget")
+    for label, table in {"measured": optima, "predicted": predictions}.items():
+        stand = table.dropna(subset="loss")
+        bars = {"yerr": _spread(stand, "loss"), "linestyle": "", "capsize": 3}
+        axes.errorbar(stand.seconds, stand.loss, label=label, **bars)
+    axes.set(xscale="log", xlabel="Training time [s]", ylabel=LABELS["val_loss"])
+    axes.set(title="Loss at the best size by training time")
+
+
+@styled
+def predicted_loss(figure: Figure, points: pd.DataFrame) -> None:
+    """Show the loss that the parabolas, power law and line predict against the measured one."""
+    axes = figure.subplots()
+    for seconds, part in points.groupby("seconds"):
+        axes.plot(part.loss, part.predicted, linestyle="", label=f"{seconds:g} s")
+    axes.axline((points.loss.min(),) * 2, slope=1, **DOTTED)
+    axes.set(xlabel=f"Measured {LABELS['val_loss'].lower()}", ylabel="Predicted loss [nats/token]")
+    axes.set(title="Predicted against measured (dotted: equal)")
 
 
 @styled
