@@ -2,7 +2,7 @@
 
 Runs of several sizes N, each with the tokens that its measured speed buys in a time t, give a curve
 loss(N) whose minimum is N*(t) [parameters]. Time stands where Hoffmann et al. 2022 (arXiv:2203.15556)
-hold FLOPs equal, as in arXiv:2603.28823. Losses are nats/token, intervals 90 % of the samples. No torch.
+hold FLOPs equal, as in arXiv:2603.28823. Losses are nats/token, intervals 90 % of the samples.
 """
 
 from typing import Any
@@ -14,6 +14,8 @@ from scipy.interpolate import make_interp_spline
 
 from llmlib.sizing import PUBLISHED_FITS, fit_loss_surface
 
+FLOOR = PUBLISHED_FITS["Hoffmann et al. 2022"].E  # [nats/token]; of no weight far above it
+NEAR = 4.0  # sizes that a parabola rests on, as a ratio to the best
 WIDEST_SIZE, WIDEST_E = 4.0, 1.0  # intervals (ratio; nats) beyond which a surface says nothing
 
 
@@ -36,15 +38,17 @@ def find_optima(
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Read the best size of every time off a parabola in log N (Hoffmann et al. 2022, approach 2).
 
-    ``points`` has seconds, n_params and loss of every run. A sample weights runs at random and adds
-    the noise between seeds. Returns a table (seconds; n_params and loss with 90 % intervals; note)
+    ``points`` has seconds, n_params and loss of every run; those within fourfold of a time's lowest
+    loss count, since farther off a parabola does not hold. A sample weights runs at random and adds
+    noise: that between seeds or, if it is more, what the parabolas miss the runs by. Returns a table (seconds; n_params and loss with 90 % intervals; note)
     and draws, shape (n_times, 3, 1 + n_bootstrap): log N*, loss there, curvature; the fit first. A
     time whose lowest loss or vertex is at the edge of its sizes is refused: NaN and a note. A
     sample's vertex outside counts as the edge, so an interval that reaches one is open there.
     """
-    rng, noise = np.random.default_rng(seed), np.nan_to_num(seed_noise(points))
-    times = points.groupby("seconds")
-    draws = np.array([_vertices(part, noise, n_bootstrap, rng) for _, part in times])
+    rng, times = np.random.default_rng(seed), points.groupby("seconds")
+    brackets = [_bracket(part) for _, part in times]
+    noise = np.nanmax([seed_noise(points), _misfit(brackets)])
+    draws = np.array([_vertices(*xy, noise, n_bootstrap, rng) for xy in brackets])
     table = pd.DataFrame({"seconds": list(times.groups)})
     table = table.assign(**with_interval("n_params", np.exp(draws[:, 0])))
     table = table.assign(**with_interval("loss", draws[:, 1]))
@@ -52,21 +56,38 @@ def find_optima(
     return table.assign(note=np.where(table.n_params.isna(), refused, "")), draws
 
 
-def _vertices(part: pd.DataFrame, noise: float, n: int, rng: np.random.Generator) -> np.ndarray:
+def _bracket(part: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    """Return log N and loss of one time's runs near its best size; none if that is at an edge."""
+    means = part.groupby("n_params").loss.mean()
+    near = part[part.n_params.between(means.idxmin() / NEAR, means.idxmin() * NEAR)]
+    if not means.index.min() < means.idxmin() < means.index.max():
+        near = part[:0]
+    return np.log(near.n_params.to_numpy(float)), near.loss.to_numpy(float)
+
+
+def _misfit(brackets: list[tuple[np.ndarray, np.ndarray]]) -> float:
+    """Pool what the parabolas miss the runs by, root mean square; NaN if they must meet them."""
+    known = [(x, y) for x, y in brackets if len(np.unique(x)) > 3]
+    fits = [np.polyfit(x - x.mean(), y, 2, full=True)[1][0] for x, y in known]
+    freedom = sum(len(x) - 3 for x, _ in known)
+    return (sum(fits) / freedom) ** 0.5 if freedom else np.nan
+
+
+def _vertices(
+    x: np.ndarray, y: np.ndarray, noise: float, n: int, rng: np.random.Generator
+) -> np.ndarray:
     """Fit one time's parabola, then n samples of it; shape (3, 1 + n), NaN if it is refused."""
-    refused, means = np.full((3, 1 + n), np.nan), part.groupby("n_params").loss.mean()
-    if len(means) < 3 or means.argmin() in (0, len(means) - 1):
-        return refused
-    x, y = np.log(part.n_params.to_numpy(float)), part.loss.to_numpy(float)
+    if len(np.unique(x)) < 3:
+        return np.full((3, 1 + n), np.nan)
     weights = np.vstack([np.ones_like(x), rng.exponential(size=(n, len(x)))]) ** 0.5
-    shaken = y + noise * np.vstack([np.zeros_like(x), rng.normal(size=(n, len(x)))])
+    shaken = y + np.nan_to_num(noise) * np.vstack([np.zeros_like(x), rng.normal(size=(n, len(x)))])
     fits = [np.polyfit(x - x.mean(), y, 2, w=w) for y, w in zip(shaken, weights, strict=True)]
     c, b, a = np.transpose(fits)
     low, high = x.min() - x.mean(), x.max() - x.mean()
     edge = np.where(c * low**2 + b * low < c * high**2 + b * high, low, high)
     vertex = np.where(c > 0, -b / (2 * c), edge)
     if not low < vertex[0] < high:
-        return refused
+        return np.full((3, 1 + n), np.nan)
     vertex = vertex.clip(low, high)
     return np.array([vertex + x.mean(), (c * vertex + b) * vertex + a, c])
 
@@ -76,7 +97,8 @@ def extrapolate(
 ) -> dict[str, float]:
     """Predict the best size and its loss at another time from the optima, with 90 % intervals.
 
-    log N* is linear in log t (slope ``exponent``), and so is log loss over the last three optima.
+    log N* is linear in log t (slope ``exponent``); so is, over the last three optima, the log of the
+    loss above Hoffmann's E (a line to a loss of zero would be too low, more so the farther it goes).
     With ``n_params``, the loss is that of this size, by the mean curvature. NaN if fewer than two
     optima stand. The intervals hold the noise of the runs, not that a line may bend.
     """
@@ -85,7 +107,7 @@ def extrapolate(
     if kept.sum() > 1:
         log_t, optima = np.log(table.seconds[kept] / seconds), draws[kept]
         exponent, log_n = np.polyfit(log_t, optima[:, 0], 1)
-        loss = np.exp(np.polyfit(log_t[-3:], np.log(optima[-3:, 1]), 1)[1])
+        loss = FLOOR + np.exp(np.polyfit(log_t[-3:], np.log(optima[-3:, 1] - FLOOR), 1)[1])
         if n_params:
             loss = loss + optima[:, 2].mean(axis=0) * (np.log(n_params) - log_n) ** 2
     found = with_interval("exponent", exponent) | with_interval("n_params", np.exp(log_n))

@@ -129,22 +129,17 @@ def speed_by_shape(figure: Figure, table: pd.DataFrame) -> None:
 
 
 @styled
-def iso_time(
-    figure: Figure, points: pd.DataFrame, optima: pd.DataFrame, marks: dict[str, float]
-) -> None:
-    """Show loss by size for every time, a point per seed, and the minima with their intervals.
-
-    ``optima`` as ``isotime.find_optima`` tabulates them; ``marks`` name two sizes at most [parameters].
-    """
+def iso_time(figure: Figure, points: pd.DataFrame, optima: pd.DataFrame, marks: dict) -> None:
+    """Show loss by size for each time, with ``isotime.find_optima``'s minima and two marked sizes."""
     axes, times = figure.subplots(), points.groupby("seconds")
-    colours = plt.cm.cividis(np.linspace(0, 0.85, len(times)))
-    for (seconds, part), colour in zip(times, colours, strict=True):
+    for i, (seconds, part) in enumerate(times):
+        colour = plt.cm.cividis(0.85 * i / len(times))
         axes.plot(part.n_params, part.loss, "o", color=colour, markersize=4)
-        label = {"label": f"{seconds:g} s", "color": colour, "marker": ""}
-        axes.plot(part.groupby("n_params").loss.mean(), linestyle="-", **label)
-    stand, bars = optima.dropna(subset="n_params"), {"color": ORANGE, "marker": "D", "capsize": 3}
-    bars |= {"xerr": _spread(stand, "n_params"), "zorder": 3, "linestyle": "--"}
-    axes.errorbar(stand.n_params, stand.loss, label="minimum, 90 %", **bars)
+        means = part.groupby("n_params").loss.mean()
+        axes.plot(means, linestyle="-", color=colour, marker="", label=f"{seconds:g} s")
+    stand, bars = optima.dropna(subset="n_params"), {"color": ORANGE, "fmt": "D--", "capsize": 3}
+    bars |= {"xerr": _spread(stand, "n_params"), "zorder": 3, "label": "minimum, 90 %"}
+    axes.errorbar(stand.n_params, stand.loss, **bars)
     for (name, n_params), style in zip(marks.items(), (":", "-."), strict=False):
         axes.axvline(n_params, color=BLACK, linestyle=style, linewidth=1, label=name)
     axes.set(xscale="log", xlabel=LABELS["n_params"], ylabel=LABELS["val_loss"])
@@ -157,8 +152,8 @@ def loss_by_time(figure: Figure, optima: pd.DataFrame, predictions: pd.DataFrame
     axes = figure.subplots()
     for label, table in {"measured": optima, "predicted": predictions}.items():
         stand = table.dropna(subset="loss")
-        bars = {"yerr": _spread(stand, "loss"), "linestyle": "", "capsize": 3}
-        axes.errorbar(stand.seconds, stand.loss, label=label, **bars)
+        bars = {"yerr": _spread(stand, "loss"), "linestyle": "", "capsize": 3, "label": label}
+        axes.errorbar(stand.seconds, stand.loss, **bars)
     axes.set(xscale="log", xlabel="Training time [s]", ylabel=LABELS["val_loss"])
     axes.set(title="Loss at the best size by training time")
 
@@ -170,7 +165,7 @@ def predicted_loss(figure: Figure, points: pd.DataFrame) -> None:
     for seconds, part in points.groupby("seconds"):
         axes.plot(part.loss, part.predicted, linestyle="", label=f"{seconds:g} s")
     axes.axline((points.loss.min(),) * 2, slope=1, **DOTTED)
-    axes.set(xlabel=f"Measured {LABELS['val_loss'].lower()}", ylabel="Predicted loss [nats/token]")
+    axes.set(xlabel="Measured loss [nats/token]", ylabel="Predicted loss [nats/token]")
     axes.set(title="Predicted against measured (dotted: equal)")
 
 

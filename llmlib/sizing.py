@@ -166,13 +166,6 @@ class SurfaceFit:
     surface: LossSurface
     samples: LossSurface
 
-    def table(self) -> pd.DataFrame:
-        """Tabulate the constants with bootstrap standard errors and 90 % intervals."""
-        samples = pd.DataFrame({name: x[:, 0] for name, x in vars(self.samples).items()})
-        table = pd.DataFrame({"value": vars(self.surface), "standard_error": samples.std()})
-        table = table.assign(low=samples.quantile(0.05), high=samples.quantile(0.95))
-        return table.rename_axis("constant").reset_index()
-
 
 def fit_loss_surface(
     n_params: ArrayLike,

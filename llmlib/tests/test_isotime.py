@@ -13,7 +13,7 @@ SPEEDS = pd.DataFrame({"n_params": [1e5, 1e6, 1e7], "tokens_per_s": [1e6, 1e5, 1
 
 def best(seconds):
     """Return the size that is best in these curves, and its loss."""
-    return 3e5 * (seconds / 4) ** EXPONENT, 5 * seconds**-0.1
+    return 3e5 * (seconds / 4) ** EXPONENT, isotime.FLOOR + 3 * seconds**-0.1
 
 
 def measure(*, noise=0.0, seed=0, sizes=(5e4, 1e5, 2e5, 4e5, 8e5, 1.6e6, 3.2e6), n_seeds=2):
@@ -59,6 +59,24 @@ def test_a_minimum_counts_at_the_times_that_hold_one():
     table, draws = isotime.find_optima(measure(sizes=(3e5, 4.5e5, 6e5)), n_bootstrap=5)
     assert table.n_params.isna().tolist() == [True, True, False, True]
     assert np.isnan(isotime.extrapolate(table, draws, 64)["n_params"])
+
+
+def test_sizes_far_from_the_best_do_not_move_it():
+    points = measure()
+    points.loc[points.n_params >= 3.2e6, "loss"] += 5
+    table, _ = isotime.find_optima(points, n_bootstrap=5)
+    assert table.n_params[:3].to_numpy() == pytest.approx([best(t)[0] for t in TIMES[:3]])
+    assert table.n_params[3] < 0.9 * best(TIMES[3])[0]  # its best size is a fourth of 3.2e6
+
+
+def test_a_parabola_that_misses_the_runs_has_a_wider_interval():
+    exact, bent = measure(n_seeds=1), measure(n_seeds=1)
+    bent.loss += 0.1 * (bent.n_params > 1.5e6)
+    widths = []
+    for points in (exact, bent):
+        table, _ = isotime.find_optima(points)
+        widths.append(np.log(table.n_params_high / table.n_params_low).mean())
+    assert widths[1] > 0.1 > 1e-6 > widths[0]
 
 
 def test_noise_is_pooled_over_equal_runs():

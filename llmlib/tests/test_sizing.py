@@ -134,9 +134,7 @@ def test_bootstrap_holds_the_truth_most_of_the_time():
         fit = fit_loss_surface(*measure(n=40, seed=seed), n_bootstrap=25, seed=seed)
         low, high = np.quantile(fit.samples.optimal_params(1e21), [0.05, 0.95])
         hits += low < truth < high
-        table = fit.table().set_index("constant")
-        assert (table.standard_error > 0).all() and (table.low < table.high).all()
-        assert table.value.tolist() == list(astuple(fit.surface))
+        assert all(np.ptp(constants) > 0 for constants in astuple(fit.samples))
     assert hits > 6  # of Binomial(10, 0.9), 6 or fewer come up once in 80 times
 
 
