@@ -99,8 +99,8 @@ def extrapolate(
 
     log N* is linear in log t (slope ``exponent``); so is, over the last three optima, the log of the
     loss above Hoffmann's E (a line to a loss of zero would be too low, more so the farther it goes).
-    With ``n_params``, the loss is that of this size, by the mean curvature. NaN if fewer than two
-    optima stand. The intervals hold the noise of the runs, not that a line may bend.
+    With ``n_params``, the loss is that of this size, by the mean curvature; NaN beyond fourfold of
+    the best. All is NaN if fewer than two optima stand. The intervals hold the noise of the runs, not that a line may bend.
     """
     kept = table.n_params.notna().to_numpy()
     exponent = log_n = loss = np.full(draws.shape[2], np.nan)
@@ -109,7 +109,9 @@ def extrapolate(
         exponent, log_n = np.polyfit(log_t, optima[:, 0], 1)
         loss = FLOOR + np.exp(np.polyfit(log_t[-3:], np.log(optima[-3:, 1] - FLOOR), 1)[1])
         if n_params:
-            loss = loss + optima[:, 2].mean(axis=0) * (np.log(n_params) - log_n) ** 2
+            off = np.log(n_params) - log_n
+            loss = loss + optima[:, 2].mean(axis=0) * off**2
+            loss = loss if abs(off[0]) <= np.log(NEAR) else np.full_like(loss, np.nan)
     found = with_interval("exponent", exponent) | with_interval("n_params", np.exp(log_n))
     return {k: float(v) for k, v in (found | with_interval("loss", loss)).items()}
 

@@ -131,15 +131,15 @@ def speed_by_shape(figure: Figure, table: pd.DataFrame) -> None:
 @styled
 def iso_time(figure: Figure, points: pd.DataFrame, optima: pd.DataFrame, marks: dict) -> None:
     """Show loss by size for each time, with ``isotime.find_optima``'s minima and two marked sizes."""
-    axes, times = figure.subplots(), points.groupby("seconds")
-    for i, (seconds, part) in enumerate(times):
-        colour = plt.cm.cividis(0.85 * i / len(times))
+    axes = figure.subplots()
+    for seconds, part in points.groupby("seconds"):
+        colour = plt.cm.cividis(0.85 * (points.seconds < seconds).mean())
         axes.plot(part.n_params, part.loss, "o", color=colour, markersize=4)
         means = part.groupby("n_params").loss.mean()
         axes.plot(means, linestyle="-", color=colour, marker="", label=f"{seconds:g} s")
-    stand, bars = optima.dropna(subset="n_params"), {"color": ORANGE, "fmt": "D--", "capsize": 3}
-    bars |= {"xerr": _spread(stand, "n_params"), "zorder": 3, "label": "minimum, 90 %"}
-    axes.errorbar(stand.n_params, stand.loss, **bars)
+    stand = optima.dropna(subset="n_params")
+    bars = {"xerr": _spread(stand, "n_params"), "fmt": "D--", "color": ORANGE, "capsize": 3}
+    axes.errorbar(stand.n_params, stand.loss, zorder=3, label="minimum, 90 %", **bars)
     for (name, n_params), style in zip(marks.items(), (":", "-."), strict=False):
         axes.axvline(n_params, color=BLACK, linestyle=style, linewidth=1, label=name)
     axes.set(xscale="log", xlabel=LABELS["n_params"], ylabel=LABELS["val_loss"])
@@ -152,8 +152,8 @@ def loss_by_time(figure: Figure, optima: pd.DataFrame, predictions: pd.DataFrame
     axes = figure.subplots()
     for label, table in {"measured": optima, "predicted": predictions}.items():
         stand = table.dropna(subset="loss")
-        bars = {"yerr": _spread(stand, "loss"), "linestyle": "", "capsize": 3, "label": label}
-        axes.errorbar(stand.seconds, stand.loss, **bars)
+        spread = _spread(stand, "loss")
+        axes.errorbar(stand.seconds, stand.loss, spread, linestyle="", capsize=3, label=label)
     axes.set(xscale="log", xlabel="Training time [s]", ylabel=LABELS["val_loss"])
     axes.set(title="Loss at the best size by training time")
 
@@ -166,7 +166,7 @@ def predicted_loss(figure: Figure, points: pd.DataFrame) -> None:
         axes.plot(part.loss, part.predicted, linestyle="", label=f"{seconds:g} s")
     axes.axline((points.loss.min(),) * 2, slope=1, **DOTTED)
     axes.set(xlabel="Measured loss [nats/token]", ylabel="Predicted loss [nats/token]")
-    axes.set(title="Predicted against measured (dotted: equal)")
+    axes.set(title="Predicted against measured loss")
 
 
 @styled
@@ -270,16 +270,14 @@ def domain_scores(figure: Figure, table: pd.DataFrame, names: Sequence[str] = ()
 
 
 @styled
-def published_loss(
-    figure: Figure, hours: float, flops_per_s: float, tokens_per_parameter: float
-) -> None:
+def published_loss(figure: Figure, hours: float, flops_per_s: float, ratio: float) -> None:
     """Show what the published fits predict for a budget at every size, with one ratio marked."""
     flops, axes = hours * 3600 * flops_per_s, figure.subplots()
     n_params = np.geomspace(flops**0.5 / 1e3, flops**0.5, 121)
     for name, fit in sizing.PUBLISHED_FITS.items():
         axes.plot(n_params, fit.loss(n_params, flops / 6 / n_params), marker="", label=name)
-    marked = sizing.params_at_ratio(flops, tokens_per_parameter)
-    axes.axvline(marked, label=f"{tokens_per_parameter:.3g} tokens per parameter", **DOTTED)
+    marked = sizing.params_at_ratio(flops, ratio)
+    axes.axvline(marked, label=f"{ratio:.3g} tokens per parameter", **DOTTED)
     axes.set(xscale="log", xlabel=LABELS["n_params"], ylabel="Predicted loss [nats/token]")
     axes.set(title=f"Published fits, {hours:.3g} h at {flops_per_s:.2g} FLOP/s")
 

@@ -98,16 +98,17 @@ def size_settings(base: ModelConfig, train: TrainConfig, plan: Plan) -> Settings
 def iso_time_settings(sizes: Settings, speeds: pd.Series, plan: Plan) -> Settings:
     """Every size for every time, by its speed [tokens/s], in whole steps; whole runs.
 
-    The middle size has three seeds, for the noise, at all times but the longest, where they cost
-    most. A speed that is NaN (the step failed) leaves its size out.
+    The middle size (of five or more, the middle three) has three seeds, for the noise, at all times
+    but the longest, where they cost most. A speed that is NaN (the step failed) leaves its size out.
     """
-    middle, settings = list(sizes)[len(sizes) // 2], {}
+    half, beside, settings = len(sizes) // 2, len(sizes) > 4, {}
+    middle = list(sizes)[half - beside : half + beside + 1]
     for name, (model, train) in sizes.items():
         per_step = train.n_sequences * model.seq_len
         light = {"eval_windows": VAL_TOKENS // model.seq_len, "eval_all": False, "n_evals": 1}
         for seconds in plan.times if speeds[name] > 0 else ():
             n_steps = max(round(speeds[name] * seconds / per_step), MIN_STEPS)
-            repeats = name == middle and seconds < max(plan.times)
+            repeats = name in middle and seconds < max(plan.times)
             for seed in SIZE_SEEDS if repeats else SIZE_SEEDS[:1]:
                 run = override(train, budget_tokens=n_steps * per_step, seed=seed, **light)
                 settings[f"{name}-{seconds:g}s-seed{seed}"] = model, run

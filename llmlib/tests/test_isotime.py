@@ -35,6 +35,7 @@ def test_minima_and_power_law_of_exact_curves_are_recovered():
     assert found["exponent"] == pytest.approx(EXPONENT)
     larger = isotime.extrapolate(table, draws, 64, n_params=best(64)[0] * np.e)
     assert larger["loss"] == pytest.approx(best(64)[1] + 0.1)
+    assert np.isnan(isotime.extrapolate(table, draws, 64, n_params=best(64)[0] / 5)["loss"])
 
 
 def test_intervals_hold_the_minimum_most_of_the_time():

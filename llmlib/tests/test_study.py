@@ -1,5 +1,7 @@
 """Plans of many runs, and a study of real processes at smoke size."""
 
+from dataclasses import replace
+
 import pandas as pd
 import pytest
 
@@ -31,6 +33,15 @@ def test_sizes_get_the_tokens_that_their_speed_buys_in_whole_steps(scale):
     assert len(settings) == len(sizes) * len(plan.times) + n_repeats
     aspect = [d_model / n_layer for n_layer, d_model in plan.sizes]
     assert max(aspect) <= 4 * min(aspect)
+
+
+def test_of_five_sizes_the_middle_three_have_seeds():
+    plan = replace(PLANS["smoke"], sizes=tuple((1, 32 * n) for n in range(1, 6)), times=(1.0, 2.0))
+    sizes = study.size_settings(SMOKE.model, SMOKE.train, plan)
+    settings = study.iso_time_settings(sizes, pd.Series(1e6, index=list(sizes)), plan)
+    repeated = {name.split("-")[0] for name in settings if name.endswith("-1s-seed3")}
+    assert repeated == {"1x64", "1x96", "1x128"}
+    assert not any(name.endswith("-2s-seed3") for name in settings)
 
 
 def test_a_size_whose_step_failed_is_left_out_and_none_has_fewer_than_the_least_steps():
