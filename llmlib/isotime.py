@@ -99,7 +99,7 @@ def extrapolate(
 
     log N* is linear in log t (slope ``exponent``); so is, over the last three optima, the log of the
     loss above Hoffmann's E (a line to a loss of zero would be too low, more so the farther it goes).
-    With ``n_params``, the loss is that of this size, by the mean curvature; NaN beyond fourfold of
+    With ``n_params``, the loss is that of this size, by a power law of the curvature; NaN beyond fourfold of
     the best. All is NaN if fewer than two optima stand. The intervals hold the noise of the runs, not that a line may bend.
     """
     kept = table.n_params.notna().to_numpy()
@@ -110,7 +110,8 @@ def extrapolate(
         loss = FLOOR + np.exp(np.polyfit(log_t[-3:], np.log(optima[-3:, 1] - FLOOR), 1)[1])
         if n_params:
             off = np.log(n_params) - log_n
-            loss = loss + optima[:, 2].mean(axis=0) * off**2
+            curvature = np.log(optima[:, 2].clip(1e-3))  # some samples have none
+            loss = loss + np.exp(np.polyfit(log_t, curvature, 1)[1]) * off**2
             loss = loss if abs(off[0]) <= np.log(NEAR) else np.full_like(loss, np.nan)
     found = with_interval("exponent", exponent) | with_interval("n_params", np.exp(log_n))
     return {k: float(v) for k, v in (found | with_interval("loss", loss)).items()}

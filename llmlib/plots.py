@@ -135,8 +135,7 @@ def iso_time(figure: Figure, points: pd.DataFrame, optima: pd.DataFrame, marks: 
     for seconds, part in points.groupby("seconds"):
         colour = plt.cm.cividis(0.85 * (points.seconds < seconds).mean())
         axes.plot(part.n_params, part.loss, "o", color=colour, markersize=4)
-        means = part.groupby("n_params").loss.mean()
-        axes.plot(means, linestyle="-", color=colour, marker="", label=f"{seconds:g} s")
+        axes.plot(part.groupby("n_params").loss.mean(), "-", color=colour, label=f"{seconds:g} s")
     stand = optima.dropna(subset="n_params")
     bars = {"xerr": _spread(stand, "n_params"), "fmt": "D--", "color": ORANGE, "capsize": 3}
     axes.errorbar(stand.n_params, stand.loss, zorder=3, label="minimum, 90 %", **bars)
@@ -150,10 +149,9 @@ def iso_time(figure: Figure, points: pd.DataFrame, optima: pd.DataFrame, marks: 
 def loss_by_time(figure: Figure, optima: pd.DataFrame, predictions: pd.DataFrame) -> None:
     """Show the loss at the best size by time, with predictions for other times (same columns)."""
     axes = figure.subplots()
-    for label, table in {"measured": optima, "predicted": predictions}.items():
-        stand = table.dropna(subset="loss")
-        spread = _spread(stand, "loss")
-        axes.errorbar(stand.seconds, stand.loss, spread, linestyle="", capsize=3, label=label)
+    for label, stand in {"measured": optima, "predicted": predictions}.items():
+        bars = _spread(stand, "loss")  # what was refused is NaN, and has no point
+        axes.errorbar(stand.seconds, stand.loss, bars, linestyle="", capsize=3, label=label)
     axes.set(xscale="log", xlabel="Training time [s]", ylabel=LABELS["val_loss"])
     axes.set(title="Loss at the best size by training time")
 

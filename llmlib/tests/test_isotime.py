@@ -16,12 +16,14 @@ def best(seconds):
     return 3e5 * (seconds / 4) ** EXPONENT, isotime.FLOOR + 3 * seconds**-0.1
 
 
-def measure(*, noise=0.0, seed=0, sizes=(5e4, 1e5, 2e5, 4e5, 8e5, 1.6e6, 3.2e6), n_seeds=2):
+def measure(
+    *, curvature=0.1, noise=0.0, seed=0, sizes=(5e4, 1e5, 2e5, 4e5, 8e5, 1.6e6, 3.2e6), n_seeds=2
+):
     rng, rows = np.random.default_rng(seed), []
     for t in TIMES:
         for n in sizes:
             for _ in range(n_seeds):
-                loss = best(t)[1] + 0.1 * np.log(n / best(t)[0]) ** 2 + noise * rng.normal()
+                loss = best(t)[1] + curvature * np.log(n / best(t)[0]) ** 2 + noise * rng.normal()
                 rows.append({"seconds": t, "n_params": n, "n_tokens": 1e11 / n * t, "loss": loss})
     return pd.DataFrame(rows)
 
@@ -35,6 +37,9 @@ def test_minima_and_power_law_of_exact_curves_are_recovered():
     assert found["exponent"] == pytest.approx(EXPONENT)
     larger = isotime.extrapolate(table, draws, 64, n_params=best(64)[0] * np.e)
     assert larger["loss"] == pytest.approx(best(64)[1] + 0.1)
+    falling = pd.concat(measure(curvature=t**-0.3).query(f"seconds == {t}") for t in TIMES)
+    fall = isotime.extrapolate(*isotime.find_optima(falling), 64, n_params=best(64)[0] * np.e)
+    assert fall["loss"] == pytest.approx(best(64)[1] + 64**-0.3)
     assert np.isnan(isotime.extrapolate(table, draws, 64, n_params=best(64)[0] / 5)["loss"])
 
 
