@@ -137,28 +137,42 @@ def speed_by_shape(figure: Figure, table: pd.DataFrame) -> None:
 
 
 @styled
-def loss_by_size(
-    figure: Figure, points: pd.DataFrame, answer: pd.DataFrame, marks: dict[str, float]
-) -> None:
-    """Show measured losses by size and tokens, and the fit's loss at every size for the budget.
-
-    ``answer`` as ``sizing.best_size`` returns it; ``marks`` name sizes [parameters].
-    """
+def iso_time(figure: Figure, points: pd.DataFrame, optima: pd.DataFrame, marks: dict) -> None:
+    """Show loss by size for each time, with ``isotime.find_optima``'s minima and two marked sizes."""
     axes = figure.subplots()
-    for n_tokens, part in points.sort_values("n_params").groupby("n_tokens"):
-        axes.plot(part.n_params, part.loss, label=f"{short_number(n_tokens)} tokens")
-    low, high = points.n_params.min() / 2, points.n_params.max() * 2
-    near = answer[answer.n_params.between(low, high)]
-    axes.plot(near.n_params, near.loss, color=BLACK, linestyle="-", marker="", label="fit, budget")
-    axes.fill_between(near.n_params, near.low, near.high, color=BLACK, alpha=0.15)
-    for i, (name, n_params) in enumerate(marks.items()):
-        axes.axvline(n_params, **DOTTED)
-        place = {"xycoords": ("data", "axes fraction"), "va": "top", "fontsize": 9}
-        axes.annotate(f" {name}", (n_params, 0.98 - 0.08 * i), **place)
-    lowest = min(points.loss.min(), near.loss.min())  # the fit may rise without bound
-    axes.set(ylim=(lowest - 0.2, points.loss.max() + 0.2), xlim=(low, high), xscale="log")
-    axes.set(xlabel=LABELS["n_params"], ylabel=LABELS["val_loss"])
-    axes.set(title="Loss by size: measured, and fitted for the budget")
+    for seconds, part in points.groupby("seconds"):
+        colour = plt.cm.cividis(0.85 * (points.seconds < seconds).mean())
+        axes.plot(part.n_params, part.loss, "o", color=colour, markersize=4)
+        axes.plot(part.groupby("n_params").loss.mean(), "-", color=colour, label=f"{seconds:g} s")
+    stand = optima.dropna(subset="n_params")
+    bars = {"xerr": _spread(stand, "n_params"), "fmt": "D--", "color": ORANGE, "capsize": 3}
+    axes.errorbar(stand.n_params, stand.loss, zorder=3, label="minimum, 90 %", **bars)
+    for (name, n_params), style in zip(marks.items(), (":", "-."), strict=False):
+        axes.axvline(n_params, color=BLACK, linestyle=style, linewidth=1, label=name)
+    axes.set(xscale="log", xlabel=LABELS["n_params"], ylabel=LABELS["val_loss"])
+    axes.set(title="Loss by size for equal training time")
+
+
+@styled
+def loss_by_time(figure: Figure, optima: pd.DataFrame, predictions: pd.DataFrame) -> None:
+    """Show the loss at the best size by time, with predictions for other times (same columns)."""
+    axes = figure.subplots()
+    for label, stand in {"measured": optima, "predicted": predictions}.items():
+        bars = _spread(stand, "loss")  # what was refused is NaN, and has no point
+        axes.errorbar(stand.seconds, stand.loss, bars, linestyle="", capsize=3, label=label)
+    axes.set(xscale="log", xlabel="Training time [s]", ylabel=LABELS["val_loss"])
+    axes.set(title="Loss at the best size by training time")
+
+
+@styled
+def predicted_loss(figure: Figure, points: pd.DataFrame) -> None:
+    """Show the loss that the parabolas, power law and line predict against the measured one."""
+    axes = figure.subplots()
+    for seconds, part in points.groupby("seconds"):
+        axes.plot(part.loss, part.predicted, linestyle="", label=f"{seconds:g} s")
+    axes.axline((points.loss.min(),) * 2, slope=1, **DOTTED)
+    axes.set(xlabel="Measured loss [nats/token]", ylabel="Predicted loss [nats/token]")
+    axes.set(title="Predicted against measured loss")
 
 
 @styled
@@ -262,16 +276,14 @@ def domain_scores(figure: Figure, table: pd.DataFrame, names: Sequence[str] = ()
 
 
 @styled
-def published_loss(
-    figure: Figure, hours: float, flops_per_s: float, tokens_per_parameter: float
-) -> None:
+def published_loss(figure: Figure, hours: float, flops_per_s: float, ratio: float) -> None:
     """Show what the published fits predict for a budget at every size, with one ratio marked."""
     flops, axes = hours * 3600 * flops_per_s, figure.subplots()
     n_params = np.geomspace(flops**0.5 / 1e3, flops**0.5, 121)
     for name, fit in sizing.PUBLISHED_FITS.items():
         axes.plot(n_params, fit.loss(n_params, flops / 6 / n_params), marker="", label=name)
-    marked = sizing.params_at_ratio(flops, tokens_per_parameter)
-    axes.axvline(marked, label=f"{tokens_per_parameter:.3g} tokens per parameter", **DOTTED)
+    marked = sizing.params_at_ratio(flops, ratio)
+    axes.axvline(marked, label=f"{ratio:.3g} tokens per parameter", **DOTTED)
     axes.set(xscale="log", xlabel=LABELS["n_params"], ylabel="Predicted loss [nats/token]")
     axes.set(title=f"Published fits, {hours:.3g} h at {flops_per_s:.2g} FLOP/s")
 

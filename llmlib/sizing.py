@@ -2,8 +2,8 @@
 
 Symbols as in the scaling-law papers: N parameters, D tokens, C FLOPs. The loss surface
 L(N, D) = E + A/N^alpha + B/D^beta is fitted as Hoffmann et al. 2022 (arXiv:2203.15556) did, with the
-objective that Besiroglu et al. 2024 (arXiv:2404.10102) set right; measured speeds turn FLOPs into
-time. N counts the tied embedding once: use one count for points, speeds and sizes alike.
+objective that Besiroglu et al. 2024 (arXiv:2404.10102) set right. The optimum in time is in
+``isotime``. N counts the tied embedding once: use one count for points, speeds and sizes alike.
 """
 
 import math
@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
-from scipy.interpolate import make_interp_spline
 from scipy.optimize import OptimizeResult, least_squares
 
 from llmlib.config import LOGITS_AT_ONCE, ModelConfig, TrainConfig, with_micro_batch
@@ -167,13 +166,6 @@ class SurfaceFit:
     surface: LossSurface
     samples: LossSurface
 
-    def table(self) -> pd.DataFrame:
-        """Tabulate the constants with bootstrap standard errors and 90 % intervals."""
-        samples = pd.DataFrame({name: x[:, 0] for name, x in vars(self.samples).items()})
-        table = pd.DataFrame({"value": vars(self.surface), "standard_error": samples.std()})
-        table = table.assign(low=samples.quantile(0.05), high=samples.quantile(0.95))
-        return table.rename_axis("constant").reset_index()
-
 
 def fit_loss_surface(
     n_params: ArrayLike,
@@ -213,30 +205,3 @@ def _minimise(points: np.ndarray, start: ArrayLike) -> OptimizeResult:
 
     limits = (0, [np.inf] * 3 + [MAX_EXPONENT] * 2)
     return least_squares(residuals, start, bounds=limits, loss="huber", f_scale=HUBER_DELTA)
-
-
-def best_size(fit: SurfaceFit, speeds: pd.DataFrame, budget_seconds: float) -> pd.DataFrame:
-    """Tabulate the loss that a time budget buys at every size, by measured speeds.
-
-    ``speeds`` has n_params and tokens_per_s; of shapes within 15 % of each other's size the fastest
-    counts, and log speed is linear in log size between them and beyond. Returns n_params, n_tokens
-    and loss with its 90 % interval (low, high); best_low and best_high, the same in every row, hold
-    90 % of the samples' optima. Without samples the intervals are NaN.
-    """
-    speeds = speeds.dropna(subset="tokens_per_s").sort_values("n_params", ignore_index=True)
-    size = (speeds.n_params.pct_change() > 0.15).cumsum()
-    speeds = speeds.loc[speeds.groupby(size).tokens_per_s.idxmax()]
-    if len(speeds) < 2 or not budget_seconds > 0:
-        raise ValueError(
-            f"{len(speeds)} sizes for {budget_seconds} seconds; measure 2 or more, over 15 % apart, "
-            "and give a positive time."
-        )
-    sizes = np.geomspace(speeds.n_params.min() / 10, speeds.n_params.max() * 10, 401)
-    line = make_interp_spline(np.log(speeds.n_params), np.log(speeds.tokens_per_s), k=1)
-    n_tokens = budget_seconds * np.exp(line(np.log(sizes)))
-    draws = pd.DataFrame(fit.samples.loss(sizes, n_tokens))
-    optima = pd.Series(sizes[draws.to_numpy().argmin(axis=1)])
-    table = {"n_params": sizes, "n_tokens": n_tokens, "loss": fit.surface.loss(sizes, n_tokens)}
-    table |= {"low": draws.quantile(0.05), "high": draws.quantile(0.95)}
-    table |= {"best_low": optima.quantile(0.05), "best_high": optima.quantile(0.95)}
-    return pd.DataFrame(table)

@@ -21,29 +21,31 @@ Settings = dict[str, tuple[ModelConfig, TrainConfig]]
 class Plan:
     """What 03 and 04 train at a scale."""
 
-    sizes: tuple[tuple[int, int], ...]  # (n_layer, d_model) of 03
-    size_tokens: tuple[int, ...]  # training tokens of 03, for every size
+    sizes: tuple[tuple[int, int], ...]  # (n_layer, d_model) of 03, the smallest first
+    times: tuple[float, ...]  # training time of 03's curves [s], each twice the last
     trial_tokens: int  # training tokens of each run of 04
     rate_factors: tuple[float, ...] = (0.5, 1.0, 2.0)  # of each optimizer's guessed rate
     seeds: tuple[int, ...] = (1, 2, 3)  # of each recipe
 
 
 PLANS = {
-    "smoke": Plan(((1, 32), (1, 64), (2, 64)), (8_192, 16_384, 32_768), 16_384, (1.0,), (1, 2)),
+    "smoke": Plan(((1, 32), (1, 64), (2, 64)), (0.05, 0.1, 0.2), 16_384, (1.0,), (1, 2)),
     "laptop": Plan(
-        sizes=((1, 64), (2, 96), (2, 128), (2, 192)),
-        size_tokens=(32_768, 65_536, 131_072),
+        sizes=((1, 24), (1, 32), (1, 64), (2, 96)),
+        times=(2.0, 4.0, 8.0),
         trial_tokens=65_536,
     ),
     "a100": Plan(
-        sizes=((6, 512), (10, 640), (10, 768), (10, 1024)),
-        size_tokens=(52_428_800, 104_857_600, 209_715_200),
+        sizes=((8, 640), (10, 896), (12, 1024), (14, 1280)),
+        times=(300.0, 600.0, 1200.0),
         trial_tokens=104_857_600,
     ),
 }
 RATE_GUESS = {"adamw": 2.0, "muon": 10.0, "sophia": 0.5}  # times the base rate, at "laptop"
-SCORED_TOKENS = 64_000  # validation tokens of a study's run, at most
 LONG_TOKENS = 1_000_000  # in shorter runs, compiling and long validations do not pay
+VAL_TOKENS = 64_000  # that a study's run is scored on, at most
+SIZE_SEEDS = (1, 2, 3)
+MIN_STEPS = 4  # of a run of 03
 
 
 def run_study(record: runs.Record, name: str, settings: Settings, tokens_dir: Path) -> pd.DataFrame:
@@ -68,6 +70,7 @@ def _row(folder: Path) -> dict[str, Any]:
     row |= {"n_params": count_params(run.model)}
     if result is None:
         return row | {"loss": None, "status": f"failed: {launch.log_tail(folder, n_lines=1)}"}
+    row |= {"val_sha256": result["val_sha256"]}
     kept = ("n_tokens", "flops", "n_steps", "tokens_per_s", "unclipped_share", "dtype")
     row |= {name: result.get(name) for name in kept}
     return row | {"loss": result["val"]["loss"], "status": "finished"}
@@ -75,20 +78,41 @@ def _row(folder: Path) -> dict[str, Any]:
 
 def _planned(model: ModelConfig, train: TrainConfig, n_tokens: int, **changes: Any) -> TrainConfig:
     """Budget a run in tokens, with one validation at its end."""
-    is_long, most = n_tokens >= LONG_TOKENS, SCORED_TOKENS // model.seq_len
+    is_long, most = n_tokens >= LONG_TOKENS, VAL_TOKENS // model.seq_len
     shared = {"n_evals": 1, "eval_all": False, "compile": train.compile and is_long}
     shared |= {"eval_windows": most if is_long else min(most, train.eval_windows)}
     return override(train, budget_tokens=n_tokens, **shared, **changes)
 
 
 def size_settings(base: ModelConfig, train: TrainConfig, plan: Plan) -> Settings:
-    """Every size at every token count, whole runs; peak rates fall with the root of the width."""
+    """Every size of 03; peak rates fall with the root of the width."""
     settings = {}
     for n_layer, d_model in plan.sizes:
         model = resize(base, arch=base.arch, n_layer=n_layer, d_model=d_model)
-        lr = train.lr * (base.d_model / d_model) ** 0.5
-        for n in plan.size_tokens:
-            settings[f"{n_layer}x{d_model}-{n}"] = (model, _planned(model, train, n, lr=lr))
+        factor = (base.d_model / d_model) ** 0.5
+        embed_lr = train.embed_lr and train.embed_lr * factor
+        scaled = override(train, lr=train.lr * factor, embed_lr=embed_lr)
+        settings[f"{n_layer}x{d_model}"] = model, scaled
+    return settings
+
+
+def iso_time_settings(sizes: Settings, speeds: pd.Series, plan: Plan) -> Settings:
+    """Every size for every time, by its speed [tokens/s], in whole steps; whole runs.
+
+    The middle size (of five or more, the middle three) has three seeds, for the noise, at all times
+    but the longest, where they cost most. A speed that is NaN (the step failed) leaves its size out.
+    """
+    half, beside, settings = len(sizes) // 2, len(sizes) > 4, {}
+    middle = list(sizes)[half - beside : half + beside + 1]
+    for name, (model, train) in sizes.items():
+        per_step = train.n_sequences * model.seq_len
+        light = {"eval_windows": VAL_TOKENS // model.seq_len, "eval_all": False, "n_evals": 1}
+        for seconds in plan.times if speeds[name] > 0 else ():
+            n_steps = max(round(speeds[name] * seconds / per_step), MIN_STEPS)
+            repeats = name in middle and seconds < max(plan.times)
+            for seed in SIZE_SEEDS if repeats else SIZE_SEEDS[:1]:
+                run = override(train, budget_tokens=n_steps * per_step, seed=seed, **light)
+                settings[f"{name}-{seconds:g}s-seed{seed}"] = model, run
     return settings
 
 

@@ -93,7 +93,7 @@ def test_variants_of_a_scale_keep_its_step(scale):
     own, shapes = count_params(model), [v for v in others if v.kind == "shape"]
     assert all(count_params(v.model) == pytest.approx(own, rel=0.1) for v in others[: -len(shapes)])
     sizes = sorted({own, *(count_params(v.model) for v in shapes)})
-    assert sizes[-1] > 1.15 * sizes[0]  # 03 interpolates between them
+    assert sizes[-1] > 1.15 * sizes[0]
     assert len({v.name for v in others}) == len(others)
 
 

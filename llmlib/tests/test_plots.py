@@ -28,16 +28,19 @@ TRIALS = pd.DataFrame(
     }
 )
 POINTS = pd.DataFrame({"n_params": [1e6, 1e6, 4e6, 4e6], "n_tokens": [1e6, 2e6, 1e6, 2e6]})
-POINTS["loss"] = [3.1, 3.0, 3.2, 3.0]
-ANSWER = pd.DataFrame({"n_params": [5e5, 2e6, 8e6], "loss": [3.0, 2.8, 2.9]})
-ANSWER = ANSWER.assign(low=ANSWER.loss - 0.1, high=ANSWER.loss + 0.1)
+POINTS = POINTS.assign(seconds=[2.0, 4.0] * 2, loss=[3.1, 3.0, 3.2, 3.0], predicted=3.1)
+OPTIMA = pd.DataFrame({"seconds": [2.0, 4.0], "n_params": [2e6, nan], "loss": [3.0, nan]})
+for quantity in ("n_params", "loss"):
+    OPTIMA[f"{quantity}_low"] = OPTIMA[f"{quantity}_high"] = OPTIMA[quantity]
 DOMAIN_LOSSES = pd.DataFrame({"run": ["one", "one", "two", "two"], "domain": ["a", "b"] * 2})
 DOMAIN_LOSSES = DOMAIN_LOSSES.assign(n_tokens=[9, 1] * 2, bits_per_byte=[1.2, 1.0, 1.3, 1.1])
 FIGURES = {
     "domain_mix": lambda: plots.domain_mix(DOMAINS),
     "speed_ups": lambda: plots.speed_ups(SPEEDS),
     "speed_by_shape": lambda: plots.speed_by_shape(SPEEDS),
-    "loss_by_size": lambda: plots.loss_by_size(POINTS, ANSWER, {"20:1": 2e6}),
+    "iso_time": lambda: plots.iso_time(POINTS, OPTIMA, {"20:1": 2e6}),
+    "loss_by_time": lambda: plots.loss_by_time(OPTIMA, OPTIMA),
+    "predicted_loss": lambda: plots.predicted_loss(POINTS),
     "lr_sensitivity": lambda: plots.lr_sensitivity(TRIALS),
     "recipes": lambda: plots.recipes(TRIALS),
     "training_curve": lambda: plots.training_curve(CURVE, 2.4),
@@ -66,6 +69,15 @@ def test_a_failed_run_has_no_point_and_an_optimum_at_the_edge_a_ring():
     assert [len(line.get_xdata()) for line in axes.lines] == [3, 1]
     assert [line.get_fillstyle() for line in axes.lines] == ["full", "none"]
     assert len(plots.lr_sensitivity(TRIALS).axes[0].lines) == 1
+
+
+def test_a_refused_optimum_has_no_point():
+    refused = OPTIMA.assign(n_params=nan, loss=nan)
+    for optima, n_points in ((OPTIMA, 1), (refused, 0)):
+        [bars, _] = plots.loss_by_time(optima, refused).axes[0].containers
+        assert pd.notna(bars[0].get_ydata()).sum() == n_points
+        [bars] = plots.iso_time(POINTS, optima, {}).axes[0].containers
+        assert len(bars[0].get_xdata()) == n_points
 
 
 def test_experiments_differ_without_colour_and_keep_their_looks():

@@ -1,7 +1,6 @@
 from dataclasses import astuple
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,7 +14,6 @@ from llmlib.sizing import PUBLISHED_FITS, fit_loss_surface
 LLAMA = llama_config(3, 64, d_head=16, vocab_size=320, seq_len=32)
 SMALL = [LLAMA, resize(LLAMA, arch="gpt2")]
 BESIROGLU = PUBLISHED_FITS["Besiroglu et al. 2024"]
-SPEEDS = pd.DataFrame({"n_params": [1e6, 1e7, 1e8], "tokens_per_s": [1e6, 1e5, 1e4]})
 
 
 def test_recipe_and_baseline_have_the_published_sizes():
@@ -136,9 +134,7 @@ def test_bootstrap_holds_the_truth_most_of_the_time():
         fit = fit_loss_surface(*measure(n=40, seed=seed), n_bootstrap=25, seed=seed)
         low, high = np.quantile(fit.samples.optimal_params(1e21), [0.05, 0.95])
         hits += low < truth < high
-        table = fit.table().set_index("constant")
-        assert (table.standard_error > 0).all() and (table.low < table.high).all()
-        assert table.value.tolist() == list(astuple(fit.surface))
+        assert all(np.ptp(constants) > 0 for constants in astuple(fit.samples))
     assert hits > 6  # of Binomial(10, 0.9), 6 or fewer come up once in 80 times
 
 
@@ -152,26 +148,3 @@ def test_bootstrap_holds_the_truth_most_of_the_time():
 def test_points_that_cannot_identify_a_surface_are_refused(n_tokens, loss, words):
     with pytest.raises(ValueError, match=words):
         fit_loss_surface([1e6, 2e6, 4e6, 5e6, 6e6, 7e6], n_tokens, [loss] * 6)
-
-
-def test_best_size_is_the_lowest_loss_at_the_measured_speed_with_the_samples_interval():
-    fit = fit_loss_surface(*measure(n=40), n_bootstrap=20)
-    table = sizing.best_size(fit, SPEEDS, 1e5)
-    best, expected = table.loc[table.loss.idxmin()], fit.surface.optimal_params(6 * 1e17)
-    assert best.n_params == pytest.approx(expected, rel=0.05)
-    assert (table.n_params * table.n_tokens).to_numpy() == pytest.approx(1e17)
-    assert best.best_low < expected < best.best_high
-    assert (table.low <= table.high).all()
-
-
-def test_of_shapes_of_about_equal_size_the_fastest_counts():
-    fit = fit_loss_surface(*measure())
-    slow = pd.DataFrame({"n_params": [0.95e6, 1.1e8, 2e7], "tokens_per_s": [1e3, 1e2, np.nan]})
-    with_slow = sizing.best_size(fit, pd.concat([slow, SPEEDS]), 1e5)
-    assert with_slow.n_tokens.tolist() == sizing.best_size(fit, SPEEDS, 1e5).n_tokens.tolist()
-
-
-@pytest.mark.parametrize(("n_sizes", "seconds"), [(1, 60), (3, 0)])
-def test_a_budget_without_speeds_or_time_is_refused(n_sizes, seconds):
-    with pytest.raises(ValueError, match=f"{n_sizes} sizes for {seconds} seconds"):
-        sizing.best_size(fit_loss_surface(*measure()), SPEEDS[:n_sizes], seconds)

@@ -1,5 +1,8 @@
 """Plans of many runs, and a study of real processes at smoke size."""
 
+from dataclasses import replace
+
+import pandas as pd
 import pytest
 
 from llmlib import runs, study
@@ -11,19 +14,45 @@ TINY = override(FP32, budget_tokens=4096, eval_windows=8, eval_all=False)
 
 
 @pytest.mark.parametrize("scale", PLANS)
-def test_sizes_are_whole_runs_at_planned_token_counts(scale):
+def test_sizes_get_the_tokens_that_their_speed_buys_in_whole_steps(scale):
     base, plan = SCALES[scale], PLANS[scale]
-    settings = study.size_settings(base.model, base.train, plan)
-    assert len(settings) == len(plan.sizes) * len(plan.size_tokens)
-    counts = {train.budget_tokens for _, train in settings.values()}
-    assert counts == set(plan.size_tokens)
-    tokens_per_step = base.train.n_sequences * base.model.seq_len
-    assert min(counts) >= 8 * tokens_per_step
-    for model, train in settings.values():
-        expected = base.train.lr * (base.model.d_model / model.d_model) ** 0.5
-        assert train.lr == pytest.approx(expected)
-        assert (model.vocab_size, model.seq_len) == (base.model.vocab_size, base.model.seq_len)
-        assert not train.eval_all and 1 <= train.eval_windows * model.seq_len <= 64_000
+    train = override(base.train, embed_lr=7 * base.train.lr)
+    sizes = study.size_settings(base.model, train, plan)
+    per_step = base.train.n_sequences * base.model.seq_len
+    speeds = pd.Series([1000.4 * per_step / n for n in range(1, len(sizes) + 1)], index=list(sizes))
+    settings = study.iso_time_settings(sizes, speeds, plan)
+    for name, (model, run) in settings.items():
+        size, seconds, _ = name.split("-")
+        factor = (base.model.d_model / model.d_model) ** 0.5
+        assert (run.lr, run.embed_lr) == pytest.approx((train.lr * factor, 7 * train.lr * factor))
+        bought = speeds[size] * float(seconds[:-1])
+        assert run.budget_tokens % per_step == 0 and not run.eval_all
+        assert abs(run.budget_tokens - bought) <= per_step / 2
+        assert run.eval_windows * model.seq_len <= study.VAL_TOKENS
+    n_repeats = (len(study.SIZE_SEEDS) - 1) * (len(plan.times) - 1)
+    assert len(settings) == len(sizes) * len(plan.times) + n_repeats
+    aspect = [d_model / n_layer for n_layer, d_model in plan.sizes]
+    assert max(aspect) <= 4 * min(aspect)
+
+
+def test_of_five_sizes_the_middle_three_have_seeds():
+    plan = replace(PLANS["smoke"], sizes=tuple((1, 32 * n) for n in range(1, 6)), times=(1.0, 2.0))
+    sizes = study.size_settings(SMOKE.model, SMOKE.train, plan)
+    settings = study.iso_time_settings(sizes, pd.Series(1e6, index=list(sizes)), plan)
+    repeated = {name.split("-")[0] for name in settings if name.endswith("-1s-seed3")}
+    assert repeated == {"1x64", "1x96", "1x128"}
+    assert not any(name.endswith("-2s-seed3") for name in settings)
+
+
+def test_a_size_whose_step_failed_is_left_out_and_none_has_fewer_than_the_least_steps():
+    sizes = study.size_settings(SMOKE.model, SMOKE.train, PLANS["smoke"])
+    speeds = pd.Series(1.0, index=list(sizes))
+    failed = next(iter(sizes))
+    speeds[failed] = float("nan")
+    settings = study.iso_time_settings(sizes, speeds, PLANS["smoke"])
+    per_step = SMOKE.train.n_sequences * SMOKE.model.seq_len
+    assert {run.budget_tokens for _, run in settings.values()} == {study.MIN_STEPS * per_step}
+    assert not any(name.startswith(f"{failed}-") for name in settings)
 
 
 @pytest.mark.parametrize("scale", PLANS)

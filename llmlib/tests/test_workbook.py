@@ -206,7 +206,7 @@ def test_wrong_requests_end_with_status_2_and_the_remedy(arguments, words, llmli
     [
         ("01_data_prep", ["could not be opened", "no/such/folder"]),
         ("02_throughput", ["run 01_data_prep first"]),
-        ("03_sizing", ["run 02_throughput first"]),
+        ("03_sizing", ["run 01_data_prep first"]),
         ("04_recipe", ["run 01_data_prep first"]),
         ("05_full_run", ["run 01_data_prep first"]),
         ("06_loss_curves", ["run 05_full_run first"]),
