@@ -1,5 +1,7 @@
 """The plan's numbers against ones computed by hand; no test needs a GPU."""
 
+import re
+
 import pytest
 
 from llmlib import runs, sizing
@@ -23,6 +25,8 @@ def test_three_hours_of_an_a100_by_hand():
     }
     assert plan.value[list(expected)].to_dict() == expected
     assert plan.known.str.match("measured|computed|assumed").all()
+    [disk] = re.findall(r"([\d.]+) GB of checkpoints", (runs.ROOT / "README.md").read_text())
+    assert disk == expected["checkpoints and weights on disk [GB]"]
     small = make_plan("a100", 3.0, "A100").set_index("quantity").value  # of 40 GB
     assert small["micro-batch that fits [sequences]"] == "64"
 
