@@ -1,6 +1,7 @@
 """Loss curves to comparisons: finding runs, smoothing, intervals, tables. No torch."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,12 @@ def load_curve(run: Path) -> pd.DataFrame:
     model = ModelConfig(**runs.read_config(run)["model"])
     curve["flops"] = curve.tokens * flops_per_token(model)
     return curve[curve.kind.isin(["step", "eval"])]
+
+
+def literal(name: str) -> str:
+    """Write a name as it is: no mathematics, no second line, not hidden from a legend."""
+    shown = "".join(c if c.isprintable() else "\ufffd" for c in name)
+    return re.sub("^_", "\u200b_", shown.replace("$", r"\$"))
 
 
 def smooth(curve: pd.DataFrame, share: float) -> pd.DataFrame:

@@ -11,8 +11,10 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -69,7 +71,6 @@ class TransformersLlama(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, self.model = config, hf_model(config)
-        self.layers = self.model.model.layers
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         return self.model(tokens, labels=targets, shift_labels=targets, use_cache=False).loss
@@ -111,15 +112,10 @@ class TimedStep:
     def take(self, n_steps: int) -> float:
         """Take steps and return the mean time of one [s]."""
         train, started = self.variant.train, time.perf_counter()
+        how = {"micro_batch": train.micro_batch, "grad_clip": train.grad_clip, "lr_factor": 1.0}
         for _ in range(n_steps):
             numbers = step.train_step(
-                self.model,
-                self.optimizer,
-                *self.batch,
-                micro_batch=train.micro_batch,
-                lr_factor=1.0,
-                grad_clip=train.grad_clip,
-                dtype=self.dtype,
+                self.model, self.optimizer, *self.batch, dtype=self.dtype, **how
             )
         numbers.tolist()  # waits for the device
         return (time.perf_counter() - started) / n_steps
@@ -266,7 +262,7 @@ def tokenising_routes(config: DataConfig, n_repeats: int) -> pd.DataFrame:
     """
     routes = {"llmlib.prepare": _prepare, "datasets.map": _datasets_map}
     with TemporaryDirectory() as folder:
-        in_process(prepare.prepare, config, Path(folder))
+        in_process(_quietly, config, Path(folder))
         splits = data.load_manifest(Path(folder))["splits"].values()
         rows = [
             (name, *in_process(route, config, Path(folder)))
@@ -281,12 +277,17 @@ def tokenising_routes(config: DataConfig, n_repeats: int) -> pd.DataFrame:
     return table.assign(times_usual_route=table.mb_per_s / table.mb_per_s.iloc[1])
 
 
+def _quietly(config: DataConfig, folder: Path) -> dict[str, Any]:
+    with redirect_stderr(StringIO()):  # no progress bar
+        return prepare.prepare(config, folder)
+
+
 def _prepare(config: DataConfig, done: Path) -> tuple[float, int]:
     """Return the seconds it takes, and the number of tokens."""
     with TemporaryDirectory() as folder:
         shutil.copy(done / "tokenizer.json", folder)
         started = time.perf_counter()
-        splits = prepare.prepare(config, Path(folder))["splits"].values()
+        splits = _quietly(config, Path(folder))["splits"].values()
         seconds = time.perf_counter() - started
     return seconds, sum(shard["n_tokens"] for shards in splits for shard in shards)
 

@@ -5,7 +5,6 @@ names what is shown; it states a finding only where the caller, who knows the no
 figures come with controls for somebody who sits in JupyterLab.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from llmlib import analysis, sizing
+from llmlib.analysis import literal
 
 STYLE = Path(__file__).with_suffix(".mplstyle")
 BLUE, ORANGE, SKY, BLACK = "#0072B2", "#D55E00", "#56B4E9", "#000000"
@@ -88,17 +88,10 @@ def _spread(table: pd.DataFrame, name: str) -> list[pd.Series]:
     return [table[name] - table[f"{name}_low"], table[f"{name}_high"] - table[name]]
 
 
-def literal(name: str) -> str:
-    """Write a name as it is: no mathematics, no second line, not hidden from a legend."""
-    shown = "".join(c if c.isprintable() else "\ufffd" for c in name)
-    return re.sub("^_", "\u200b_", shown.replace("$", r"\$"))
-
-
 @styled
 def domain_mix(figure: Figure, table: pd.DataFrame) -> None:
     """Show each domain's share of tokens and how many bytes a token holds there."""
-    table = table.head(N_DOMAINS).iloc[::-1]
-    table = table.assign(domain=table.domain.map(literal))
+    table = table.head(N_DOMAINS).iloc[::-1].assign(domain=lambda t: t.domain.map(literal))
     figure.set_figheight(0.9 + 0.24 * len(table))
     left, right = figure.subplots(1, 2, sharey=True)
     left.barh(table.domain, 100 * table.share, color=BLUE)
@@ -319,10 +312,9 @@ def curve_panel(curves: dict[str, pd.DataFrame], smoothing: float) -> Any:
 
 def sizing_panel(hours: float, flops_per_s: dict[str, float]) -> Any:
     """Explore ``published_loss`` by budget, device (name: achieved FLOP/s) and ratio."""
-    devices = list(flops_per_s)
+    devices, limits = list(flops_per_s), (0.01, max(24.0, hours), 0.01)
 
     def draw(hours: float = hours, device: str = devices[0], ratio: float = 20.0) -> Figure:
         return published_loss(hours, flops_per_s[device], ratio)
 
-    limits = (0.01, max(24.0, hours), 0.01)
     return _panel(draw, hours=limits, device=devices, ratio=(1.0, 100.0))
