@@ -32,7 +32,7 @@ class TrainState:
     n_rollbacks: int = 0
     n_evals: int = 0  # validations that were due
     step_seconds: float = 0.0  # what a step takes
-    compile_seconds: float = 0.0  # what the first step of a process takes
+    compile_seconds: float = 0.0  # the most that the first step of a process took
     is_over: bool = False  # the budget is spent
     seconds: dict[str, float] = field(default_factory=dict)  # the ledger
     format: int = runs.FORMAT

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -320,6 +321,20 @@ def test_run_resumed_near_its_deadline_does_not_compile(
     assert result["is_compiled"] is compiles
     assert 97 <= sum(result["seconds"].values()) <= 100
     assert clock.lrs[-1] == pytest.approx(0.1)
+
+
+def test_a_cached_graph_is_used_nearer_the_deadline(tmp_path, smoke_tokens, monkeypatch):
+    clock = Simulated(monkeypatch, compiling=10.0)
+    stop_after(trainer(tmp_path, smoke_tokens, hours(100, n_evals=1)), 80)
+    clock.restart()
+    run = trainer(tmp_path, smoke_tokens, hours(100, n_evals=1))
+    run.begin_or_resume()
+    (tmp_path / "compiled").mkdir(exist_ok=True)
+    run._compile()
+    assert run.is_compiled
+    shutil.rmtree(tmp_path / "compiled")
+    run._compile()
+    assert not run.is_compiled
 
 
 def test_open_phase_is_booked_up_to_the_last_write(tmp_path, smoke_tokens):
