@@ -139,7 +139,7 @@ def keep_freed_memory() -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Say whether memory ended, also where a library says so in its own words."""
-    says_so = re.search("OutOfMemory|out of memory|ALLOC_FAILED", repr(error))
+    says_so = re.search("(?i)out.?of.?memory|alloc_failed", repr(error))
     return isinstance(error, RuntimeError) and says_so is not None
 
 

@@ -119,3 +119,18 @@ def test_each_cache_compiles_anew_and_is_kept(monkeypatch, tmp_path):
         )
     assert found[:4] == ["miss", "miss", "hit", "miss"]
     assert all((tmp_path / name).exists() for name in ("a", "b", "usual"))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY"), True),
+        (RuntimeError("no kernel image is available for execution"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_memory_that_ends_is_known_in_every_librarys_words(error, expected):
+    assert devices.is_out_of_memory(error) is expected

@@ -229,7 +229,8 @@ def test_notebooks_explain_what_is_missing(tmp_path, stem, words):
 @pytest.mark.parametrize("stem", STEMS[1:5])
 def test_scale_for_an_accelerator_is_refused_on_a_cpu_unless_allowed(tmp_path, monkeypatch, stem):
     monkeypatch.setattr(devices, "accelerator", lambda: None)
-    parameters, first, *_ = (c.source for c in source(stem).cells if c.cell_type == "code")
+    parameters, *cells = (c.source for c in source(stem).cells if c.cell_type == "code")
+    first = "\n".join(cells[:2])
     exec(parameters, names := {})
     names |= {"scale": "a100", "runs_dir": str(tmp_path)}
     with pytest.raises(ValueError, match=r"this needs an accelerator.*-p allow_cpu True"):
@@ -302,7 +303,7 @@ def test_full_run_without_02_takes_the_datasheets_peak_and_what_fits(
         monkeypatch.setattr(runs, "environment", lambda here=here: here)
         exec(cells[0], names := {})
         names |= {"scale": "smoke", "runs_dir": str(tmp_path), "run_name": name}
-        for cell in cells[1:4]:
+        for cell in cells[1:6]:
             exec(cell, names)
         run = runs.read_run(tmp_path / name)
         assert (run.train.micro_batch, run.train.n_sequences) == (fits, 16)
