@@ -9,7 +9,7 @@ from typing import Any
 
 SECONDS_PER_HOUR = 3600.0
 BUDGETS = ("budget_hours", "budget_tokens", "budget_steps")
-OPTIMIZERS = ("adamw", "muon", "sophia", "sophia_writeup")
+OPTIMIZERS = ("adamw", "muon", "normuon", "sophia", "sophia_writeup")
 SCHEDULES = ("one_cycle", "one_cycle_unfinished", "cosine", "linear", "wsd")
 LOGITS_AT_ONCE = {"cpu": 2**25, "cuda": 2**29}  # in memory; a CPU's caches hold hardly more
 
@@ -126,11 +126,17 @@ class TrainConfig:
     vector_lr: float | None = None  # peak rate of the norm gains; None: lr
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.1  # on matrices only
+    embed_decay: float | None = None  # on the embeddings; None: weight_decay
+    cautious: bool = False  # Muon decays only where that agrees with the step
+    momentum_warmup: float = 0.0  # share of the budget in which Muon's momentum rises to its value
+    rho: float = 0.05  # Sophia's: larger clips fewer entries
     grad_clip: float | None = 1.0  # largest gradient norm; None: no clipping
     schedule: str = "one_cycle"
     warmup: float = 0.05  # share of the budget
     final_lr: float = 0.1  # share of the peak rate left on the last step
     cooldown: float = 0.5  # share of the budget, for "wsd" only
+    cooldown_power: float = 1.0  # of the fall of "wsd" and "linear"; 1: straight
+    average: float = 0.0  # last share of the budget, whose mean weights are the result
     zero_init: bool = False  # blocks start by adding nothing: output projections at zero
     seed: int = 0
     n_evals: int = 20  # validations over the whole budget
@@ -153,8 +159,9 @@ class TrainConfig:
         _one_of("dtype", self.dtype or "float32", ("float32", "bfloat16"))
         _one_of("tracker", self.tracker or "tensorboard", ("tensorboard",))
         _positive(self, *BUDGETS, "micro_batch", "grad_accum", "grad_clip")
-        _positive(self, "lr", "embed_lr", "vector_lr", "n_evals", "eval_windows")
-        _share(self, "warmup", "cooldown")
+        _positive(self, "lr", "embed_lr", "vector_lr", "rho", "n_evals", "eval_windows")
+        _positive(self, "cooldown_power")
+        _share(self, "warmup", "cooldown", "average", "momentum_warmup")
 
     @property
     def budget_seconds(self) -> float | None:

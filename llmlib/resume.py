@@ -28,6 +28,7 @@ class TrainState:
     step: int = 0  # optimizer steps taken
     progress: float = 0.0  # of the last one
     data_step: int = 0  # batches drawn: never goes back, so no data is met twice after trouble
+    n_averaged: int = 0  # steps whose weights are in the average
     n_skipped: int = 0  # steps that took no gradient
     n_rollbacks: int = 0
     n_evals: int = 0  # validations that were due

@@ -4,17 +4,23 @@ Runs are budgeted in tokens, so that a busy machine changes how long they take a
 find. Each is an ordinary, resumable run below the record's ``trials/``; what counts is its row.
 """
 
+import hashlib
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from scipy import stats
 
 from llmlib import launch, runs
-from llmlib.config import ModelConfig, TrainConfig, override, resize
+from llmlib.config import ModelConfig, TrainConfig, override, resize, to_json
 from llmlib.sizing import count_params
 
-Settings = dict[str, tuple[ModelConfig, TrainConfig]]
+Setting = tuple[ModelConfig, TrainConfig]
+Settings = dict[str, Setting]
 
 
 @dataclass(frozen=True)
@@ -23,65 +29,142 @@ class Plan:
 
     sizes: tuple[tuple[int, int], ...]  # (n_layer, d_model) of 03, the smallest first
     times: tuple[float, ...]  # training time of 03's curves [s], each twice the last
-    trial_tokens: int  # training tokens of each run of 04
-    rate_factors: tuple[float, ...] = (0.5, 1.0, 2.0)  # of each optimizer's guessed rate
-    seeds: tuple[int, ...] = (1, 2, 3)  # of each recipe
+    trial_seconds: float  # training time of each run of 04 [s]
+    seeds: tuple[int, ...] = (1, 2, 3)  # of each arm of 04
 
 
 PLANS = {
-    "smoke": Plan(((1, 32), (1, 64), (2, 64)), (0.05, 0.1, 0.2), 16_384, (1.0,), (1, 2)),
+    "smoke": Plan(((1, 32), (1, 64), (2, 64)), (0.05, 0.1, 0.2), 0.1, (1, 2)),
     "laptop": Plan(
         sizes=((1, 16), (1, 32), (1, 64), (2, 96)),
         times=(2.0, 4.0, 8.0),
-        trial_tokens=65_536,
+        trial_seconds=6.0,
     ),
     "a100": Plan(
         sizes=((8, 640), (10, 896), (12, 1024), (14, 1280)),
         times=(300.0, 600.0, 1200.0),
-        trial_tokens=104_857_600,
+        trial_seconds=600.0,
     ),
 }
-RATE_GUESS = {"adamw": 2.0, "muon": 10.0, "sophia": 0.5}  # times the base rate, at "laptop"
-LONG_TOKENS = 1_000_000  # in shorter runs, compiling and long validations do not pay
 VAL_TOKENS = 64_000  # that a study's run is scored on, at most
 SIZE_SEEDS = (1, 2, 3)
-MIN_STEPS = 4  # of a run of 03
+MIN_STEPS = 4  # of a run
 
 
 def run_study(record: runs.Record, name: str, settings: Settings, tokens_dir: Path) -> pd.DataFrame:
-    """Train every setting, or read the table of an earlier time: one row each, failed ones too."""
-    folders = {label: record.path / "trials" / name / label for label in settings}
+    """Train the settings that the study's table does not hold; one row each, failed ones too.
 
-    def train_all() -> pd.DataFrame:
-        for label, (model, train) in settings.items():
-            light = override(train, keep_weights=False)  # many runs' would fill a disk
-            runs.create_run(folders[label], model, light, tokens_dir)
+    Equal settings are one run. The table is written when the runs end, however they end, so a
+    study goes on from its table alone.
+    """
+    path, ids = record.path / f"{name}.csv", {k: setting_id(*v) for k, v in settings.items()}
+    table = _read(path) if path.exists() else pd.DataFrame({"id": []})
+    folders = {}
+    for label, setting in settings.items():
+        if ids[label] not in {*table.id, *folders}:
+            model, train = setting[0], override(setting[1], keep_weights=False)  # would fill a disk
+            folders[ids[label]] = record.path / "trials" / name / ids[label]
+            runs.create_run(folders[ids[label]], model, train, tokens_dir)
+    is_over = False
+    try:
         launch.run_many(list(folders.values()))
-        return pd.DataFrame([{"run": label} | _row(run) for label, run in folders.items()])
+        is_over = True
+    finally:
+        ended = {i: run for i, run in folders.items() if is_over or runs.read_result(run)}
+        rows = pd.DataFrame([{"id": i} | _row(run) for i, run in ended.items()])
+        if len(rows):
+            both = pd.concat([table, rows]) if len(table) else rows
+            runs.write_atomic(path, both.to_csv(index=False))
+    found = _read(path).set_index("id").loc[list(ids.values())].reset_index()
+    return found.assign(run=list(ids))
 
-    return record.cached_table(name, train_all)
+
+def _read(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, float_precision="round_trip", dtype={"id": str})
+
+
+def setting_id(model: ModelConfig, train: TrainConfig) -> str:
+    """Name a setting by the hash of all its values."""
+    text = json.dumps([to_json(model), to_json(train)])
+    return "r" + hashlib.sha256(text.encode()).hexdigest()[:10]
 
 
 def _row(folder: Path) -> dict[str, Any]:
     """Say what a run was and how it ended; a failed one has no loss."""
     run, result = runs.read_run(folder), runs.read_result(folder)
-    row = {name: getattr(run.train, name) for name in ("optimizer", "lr", "seed")}
-    row |= {"n_layer": run.model.n_layer, "d_model": run.model.d_model}
-    row |= {"n_params": count_params(run.model)}
+    row = {"n_layer": run.model.n_layer, "d_model": run.model.d_model}
+    row |= {"n_params": count_params(run.model)} | to_json(run.train)
     if result is None:
         return row | {"loss": None, "status": f"failed: {launch.log_tail(folder, n_lines=1)}"}
-    row |= {"val_sha256": result["val_sha256"]}
     kept = ("n_tokens", "flops", "n_steps", "tokens_per_s", "unclipped_share", "dtype")
-    row |= {name: result.get(name) for name in kept}
+    row |= {"val_sha256": result["val_sha256"]} | {name: result.get(name) for name in kept}
     return row | {"loss": result["val"]["loss"], "status": "finished"}
 
 
-def _planned(model: ModelConfig, train: TrainConfig, n_tokens: int, **changes: Any) -> TrainConfig:
-    """Budget a run in tokens, with one validation at its end."""
-    is_long, most = n_tokens >= LONG_TOKENS, VAL_TOKENS // model.seq_len
-    shared = {"n_evals": 1, "eval_all": False, "compile": train.compile and is_long}
-    shared |= {"eval_windows": most if is_long else min(most, train.eval_windows)}
-    return override(train, budget_tokens=n_tokens, **shared, **changes)
+def in_time(setting: Setting, tokens_per_s: float, seconds: float) -> Setting:
+    """Budget a run in the tokens that its speed buys in a time: whole steps, scored at the end."""
+    (model, train), light = setting, {"eval_all": False, "n_evals": 1}
+    per_step = train.n_sequences * model.seq_len
+    n_steps = max(round(tokens_per_s * seconds / per_step), MIN_STEPS)
+    light |= {"eval_windows": VAL_TOKENS // model.seq_len}
+    return model, override(train, budget_tokens=n_steps * per_step, **light)
+
+
+def repeated(arms: Settings, seeds: tuple[int, ...]) -> Settings:
+    """Every arm with every seed; runs of one seed share their data order."""
+    return {
+        f"{name}-seed{seed}": (model, override(train, seed=seed))
+        for name, (model, train) in arms.items()
+        for seed in seeds
+    }
+
+
+def search(
+    train_all: Callable[[Settings], pd.DataFrame],
+    start: TrainConfig,
+    coordinates: tuple[tuple[str, ...], ...],
+    model: ModelConfig,
+) -> TrainConfig:
+    """Find the best setting on grids by factors of two, coordinate by coordinate.
+
+    The settings named together in a coordinate are scaled together. A grid is extended until its
+    best is inside. ``train_all`` gives a loss to each setting; a failed run (NaN) is the worst.
+    """
+    best = start
+    for names in coordinates:
+        factors = [0.5, 1.0, 2.0]
+        while True:
+            tries = [scaled(best, names, factor) for factor in factors]
+            table = train_all({f"{i}": (model, train) for i, train in enumerate(tries)})
+            at = int(table.loss.fillna(np.inf).argmin())
+            if 0 < at < len(factors) - 1:
+                break
+            low, high = factors[0], factors[-1]
+            factors = sorted([*factors, *([low / 4, low / 2] if at == 0 else [2 * high, 4 * high])])
+        best = tries[at]
+    return best
+
+
+def scaled(train: TrainConfig, names: tuple[str, ...], factor: float) -> TrainConfig:
+    """Multiply settings by a factor, counts to whole numbers."""
+    values = {name: getattr(train, name) for name in names}
+    return override(train, **{name: type(v)(v * factor) for name, v in values.items()})
+
+
+def differences(table: pd.DataFrame, base: str) -> pd.DataFrame:
+    """Compare arms with one of them, seed by seed: mean difference in loss with its 95 % interval.
+
+    ``table`` has ``run`` as ``repeated`` names them. The noise of a difference is pooled over the
+    arms (a two-way layout), which few seeds need; of two arms this is the paired t interval.
+    """
+    arm = table.run.str.rsplit("-seed", n=1).str[0]
+    losses = table.assign(arm=arm).pivot(index="seed", columns="arm", values="loss")
+    ours = losses[arm.unique()].sub(losses[base], axis=0).drop(columns=base)
+    freedom = ours.shape[1] * (len(ours) - 1)
+    noise = (((ours - ours.mean()) ** 2).sum().sum() / freedom) ** 0.5 if freedom else np.nan
+    half = stats.t.ppf(0.975, freedom) * noise / len(ours) ** 0.5
+    found = ours.mean().rename("difference").rename_axis("arm").reset_index()
+    return found.assign(low=found.difference - half, high=found.difference + half, n=len(ours))
 
 
 def size_settings(base: ModelConfig, train: TrainConfig, plan: Plan) -> Settings:
@@ -114,25 +197,3 @@ def iso_time_settings(sizes: Settings, speeds: pd.Series, plan: Plan) -> Setting
                 run = override(train, budget_tokens=n_steps * per_step, seed=seed, **light)
                 settings[f"{name}-{seconds:g}s-seed{seed}"] = model, run
     return settings
-
-
-def optimizer_settings(model: ModelConfig, train: TrainConfig, plan: Plan) -> Settings:
-    """Every optimizer over a small grid of peak rates, all else equal.
-
-    Sophia as the write-up ran it takes no grid: its rate was AdamW's.
-    """
-    grid = [(name, x * guess) for name, guess in RATE_GUESS.items() for x in plan.rate_factors]
-    settings = {}
-    for name, factor in [*grid, ("sophia_writeup", 1.0)]:
-        trial = _planned(model, train, plan.trial_tokens, optimizer=name, lr=factor * train.lr)
-        settings[f"{name}-lr{trial.lr:.2g}"] = (model, trial)
-    return settings
-
-
-def recipe_settings(model: ModelConfig, recipes: dict[str, TrainConfig], plan: Plan) -> Settings:
-    """Every recipe with every seed; runs of one seed share their data order."""
-    return {
-        f"{name}-seed{seed}": (model, _planned(model, train, plan.trial_tokens, seed=seed))
-        for name, train in recipes.items()
-        for seed in plan.seeds
-    }

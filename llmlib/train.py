@@ -23,9 +23,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmlib import checkpoint, data, devices, locks, runs, step
+from llmlib import checkpoint, data, devices, locks, optim, runs, schedule, step
 from llmlib.resume import ResumableRun
-from llmlib.schedule import lr_factor
 from llmlib.sizing import flops_per_token
 
 MAX_BAD_STEPS = 3  # steps in a row that are not finite before the run goes back, once
@@ -94,7 +93,8 @@ class Trainer(ResumableRun):
         """Take a step, book it and log it; one that is not finite takes no gradient."""
         if not self.is_warm:
             self.write("phase", text="compilation begins")
-        state, factor = self.state, lr_factor(self.config, progress)
+        state, factor = self.state, schedule.lr_factor(self.config, progress)
+        self.optimizer.momentum = schedule.momentum(self.config, progress)  # Muon's
         loss, norm = self._try_step(inputs, targets, factor).tolist()
         seconds = self._book_step()
         state.step, state.data_step, state.progress = state.step + 1, state.data_step + 1, progress
@@ -104,6 +104,9 @@ class Trainer(ResumableRun):
             self.event(f"step {state.step} took no gradient: loss {loss}, gradient norm {norm}")
             return
         self.n_bad_in_a_row = 0
+        if progress > 1 - self.config.average:
+            state.n_averaged += 1
+            optim.average_weights(self.optimizer, 1 / state.n_averaged)
         tokens_per_s, peak = self.tokens_per_step / seconds, self.about.peak_flops_per_s
         flops_per_s = tokens_per_s * flops_per_token(self.about.model) / step.world_size()
         row = {"progress": progress, "lr": self.config.lr * factor, "loss": loss, "grad_norm": norm}
@@ -196,6 +199,8 @@ class Trainer(ResumableRun):
         if step.is_main():
             if failure := self.save_now():
                 self.event(failure)
+            if self.state.n_averaged:
+                optim.use_average(self.optimizer)
             windows = self.eval_windows(None) if self.config.eval_all else self.windows
             final = step.evaluate(self.model, windows, self.device, self.dtype)
             result = self.summary() | {"val": final, "val_sha256": data.sha256(windows)}

@@ -1,0 +1,162 @@
+"""Make the long study behind notebook 04: python runs/laptop-long/make_records.py recipe|growth
+
+"recipe" tunes every optimizer, judges the arms and builds `best` from ingredients; "growth" asks
+whether its gain holds as models grow. A part that was stopped goes on from its tables, which are
+written below this folder; another commit, processor or corpus is refused.
+"""
+
+import argparse
+from collections import defaultdict
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pandas as pd
+
+from llmlib import bench, config, data, prepare, runs, study
+from llmlib.sizing import count_params
+
+HERE, SECONDS = Path(__file__).parent, 20.0
+BASE = config.fit_vocabulary(config.get_scale("laptop"), 4096)
+SHAPES = {"1x32": (1, 32), "1x64": (1, 64), "1x96": (1, 96), "2x128": (2, 128), "3x160": (3, 160)}
+MAIN, SECOND, GROWTH = "2x128", "1x64", ("1x32", "1x96", "3x160")
+RATIO = 5  # tokens per parameter of "growth"
+IMPROVED = {"AdamW": "AdamW tuned", "Muon": "best"}
+FIELDS = (("lr",), ("embed_lr",), ("vector_lr",), ("micro_batch",), ("lr",))
+Names = tuple[tuple[str, ...], ...]
+RATES = {"lr": 2e-3, "embed_lr": 1e-2, "vector_lr": 2e-3}
+STARTS = {  # of the searches
+    "AdamW": RATES,
+    "Muon": {"optimizer": "muon", "lr": 1e-2, "embed_lr": 2e-2, "vector_lr": 1e-2},
+    "Sophia as published": RATES | {"optimizer": "sophia", "lr": 1e-3},
+    "Sophia of the write-up": {"optimizer": "sophia_writeup", "lr": 1.25e-3},
+}
+TO_ZERO = {  # schedules; of those that gain, the best
+    "decay to zero": {"final_lr": 0.0},
+    "linear to zero": {"schedule": "linear", "final_lr": 0.0},
+    "cool-down of 85 %": {"schedule": "wsd", "cooldown": 0.85, "final_lr": 0.0},
+    "cool-down of 50 %, power 1.2": {"schedule": "wsd", "cooldown_power": 1.2, "final_lr": 0.0},
+}
+CANDIDATES = TO_ZERO | {
+    "zero-initialised projections": {"zero_init": True},
+    "average of the last 5 %": {"average": 0.05},
+    "embedding without decay": {"embed_decay": 0.0},
+}
+OF_MUON = {
+    "NorMuon": {"optimizer": "normuon"},
+    "cautious decay": {"cautious": True},
+    "momentum warm-up": {"momentum_warmup": 0.15},
+}
+
+
+def shaped(shape: str, train: config.TrainConfig) -> study.Setting:
+    n_layer, d_model = SHAPES[shape]
+    return config.resize(BASE.model, arch="llama", n_layer=n_layer, d_model=d_model), train
+
+
+def step_name(model: config.ModelConfig, train: config.TrainConfig) -> str:
+    kind = "cautious " * train.cautious + train.optimizer.removesuffix("_writeup")
+    return f"{model.n_layer}x{model.d_model} {kind}, batch {train.micro_batch}"
+
+
+class Study:
+    """A record of runs; each gets the tokens that its speed, measured before all, buys in SECONDS."""
+
+    def __init__(self, name: str, batches: dict[str, tuple[int, ...]]):
+        self.tokens_dir = HERE.parent / "local" / "laptop-long" / "tokens"
+        if not (self.tokens_dir / "manifest.json").exists():
+            prepare.prepare(BASE.data, self.tokens_dir)
+        about = {key: runs.environment()[key] for key in ("commit", "processor", "n_threads")}
+        windows = data.eval_windows(self.tokens_dir, "val", BASE.model.seq_len)
+        self.record = runs.Record(HERE / name, about | {"val_sha256": data.sha256(windows)})
+        kinds = [{"optimizer": o} for o in ("adamw", "muon", "normuon", "sophia")]
+        kinds += [{"optimizer": o, "cautious": True} for o in ("muon", "normuon")]
+        steps = []
+        for shape, sizes in batches.items():
+            for kind in [*kinds, *({"micro_batch": n} | k for n in sizes for k in kinds[:2])]:
+                setting = shaped(shape, config.override(BASE.train, **kind))
+                steps.append(bench.Variant(step_name(*setting), *setting))
+        if steps:
+            turns = {"n_rounds": 3, "n_steps": 10}
+            table = self.record.cached_table("speeds", lambda: bench.measure(steps, **turns))
+            self.speeds = table.set_index("name").tokens_per_s
+
+    def train(self, name: str, arms: study.Settings, seeds=(0,), seconds=SECONDS) -> pd.DataFrame:
+        """Train arms with all seeds; rows of the named table."""
+        settings = {
+            label: study.in_time(setting, self.speeds[step_name(*setting)], seconds)
+            for label, setting in study.repeated(arms, seeds).items()
+        }
+        return study.run_study(self.record, name, settings, self.tokens_dir)
+
+    def search(self, start: config.TrainConfig, coordinates: Names, shape: str = MAIN):
+        """Find the best rates of an arm at a shape."""
+        model, _ = shaped(shape, start)
+        return study.search(partial(self.train, f"tuning_{shape}"), start, coordinates, model)
+
+    def improve(self, base: config.TrainConfig, changes: dict[str, dict]) -> tuple[dict, dict]:
+        """Screen single changes at one size and confirm those that gain at another.
+
+        Returns the changes that gain beyond noise at both: all together, and what undoes each.
+        """
+        at = {MAIN: base, SECOND: self.search(base, (("lr", "embed_lr"),), SECOND)}
+        gains = list(changes)
+        for shape, seeds in ((MAIN, (1, 2)), (SECOND, (1, 2, 3))):
+            tries = {"base": shaped(shape, at[shape])}
+            for gain in gains:
+                tries[gain] = shaped(shape, config.override(at[shape], **changes[gain]))
+            table = self.train(f"ingredients_{base.optimizer}_{shape}", tries, seeds)
+            found = study.differences(table, "base").sort_values("difference")
+            gains = found.arm[found.high < 0].tolist()
+            best_schedule = [gain for gain in gains if gain in TO_ZERO][:1]
+            gains = [gain for gain in gains if gain not in TO_ZERO or gain in best_schedule][:4]
+        together = {key: value for gain in gains for key, value in changes[gain].items()}
+        return together, {g: {key: getattr(base, key) for key in changes[g]} for g in gains}
+
+
+def recipe() -> None:
+    """Tune, screen, confirm, leave one out, compare."""
+    part, one_by_one = Study("04_recipe", {MAIN: (2, 4, 16, 32), SECOND: (4, 16)}), FIELDS[:3]
+    arms = {"winner2024 as published": config.override(BASE.train, schedule="one_cycle_unfinished")}
+    arms |= {"winner2024": BASE.train}
+    for name, start in STARTS.items():
+        own = FIELDS if name in IMPROVED else one_by_one if "embed_lr" in start else FIELDS[:1]
+        arms[name] = part.search(config.override(BASE.train, **start), own)
+    arms["Sophia, rho tuned"] = part.search(arms["Sophia as published"], (("rho",), ("lr",)))
+    for base, name in IMPROVED.items():
+        changes = CANDIDATES | (OF_MUON if base == "Muon" else {})
+        together, undo = part.improve(arms[base], changes)
+        arms[name] = part.search(config.override(arms[base], **together), one_by_one[:2])
+        runs.write_json(part.record.path / f"{name}.json", config.to_json(arms[name]))
+        for shape in (MAIN, SECOND) if undo else ():
+            whole = part.search(arms[name], (("lr", "embed_lr"),), shape)
+            tries = {"whole": shaped(shape, whole)}
+            tries |= {f"without {g}": shaped(shape, replace(whole, **u)) for g, u in undo.items()}
+            part.train(f"leave_one_out_{whole.optimizer}_{shape}", tries, (4, 5, 6))
+    arms_at = {MAIN: arms, SECOND: {}}
+    for name in (*IMPROVED, *IMPROVED.values()):
+        arms_at[SECOND][name] = part.search(arms[name], (("lr", "embed_lr"),), SECOND)
+    for shape, found in arms_at.items():
+        part.train(f"arms_{shape}", {k: shaped(shape, v) for k, v in found.items()}, range(11, 16))
+    finals = {name: shaped(MAIN, arms[name]) for name in IMPROVED.values()}
+    for share in (0.25, 0.5, 1.0):
+        part.train(f"budget_{share:g}", finals, (11, 12, 13), share * SECONDS)
+
+
+def growth() -> None:
+    """Compare AdamW tuned and best at equal tokens per parameter, with rates checked at each size."""
+    part = Study("04_growth", {})
+    for shape in GROWTH:
+        n_tokens = RATIO * count_params(shaped(shape, BASE.train)[0])
+        part.speeds = defaultdict(lambda n=n_tokens: n / SECONDS)
+        found = {}
+        for name in IMPROVED.values():
+            start = config.TrainConfig(**runs.read_json(HERE / "04_recipe" / f"{name}.json"))
+            found[name] = shaped(shape, part.search(start, (("lr", "embed_lr"),), shape))
+        part.train("growth", {f"{shape} {k}": v for k, v in found.items()}, (21, 22, 23))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=("recipe", "growth"))
+    {"recipe": recipe, "growth": growth}[parser.parse_args().part]()
