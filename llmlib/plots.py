@@ -169,33 +169,81 @@ def predicted_loss(figure: Figure, points: pd.DataFrame) -> None:
 
 
 @styled
-def lr_sensitivity(figure: Figure, table: pd.DataFrame) -> None:
-    """Show final loss against peak rate for each optimizer; an optimum at an edge has a ring."""
-    axes = figure.subplots()
-    for name, part in table.dropna(subset="loss").groupby("optimizer", sort=False):
-        part = part.sort_values("lr")
-        [line] = axes.plot(part.lr, part.loss, label=name)
-        best = part.loss.to_numpy().argmin()
-        if best in (0, len(part) - 1):
-            ring = {"markersize": 12, "fillstyle": "none", "color": line.get_color()}
-            axes.plot(part.lr.iloc[best], part.loss.iloc[best], "o", **ring)
-    axes.set(xscale="log", xlabel="Peak learning rate", ylabel=LABELS["val_loss"])
-    axes.set(title="Loss by learning rate (ring: best at the edge of its grid)")
+def rate_grids(figure: Figure, table: pd.DataFrame, noise: float) -> None:
+    """Show loss by learning rate (``study.grids``), from each grid's best; a band for the noise."""
+    names = {"lr": "hidden matrices", "embed_lr": "embedding"}
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    look = looks(table.optimizer.unique())
+    for axes, (name, title) in zip(panels, names.items(), strict=True):
+        for optimizer, part in table[table.setting == name].groupby("optimizer", sort=False):
+            axes.plot(part.factor, part.gap, label=optimizer, **look[optimizer])
+            if part.is_edge.any():
+                axes.plot(1, 0, "o", color=BLACK, markersize=12, fillstyle="none")
+        axes.axhspan(0, noise, color="#DDDDDD", zorder=0)
+        axes.set(xscale="log", xlabel="Rate / best rate", title=f"Rate of the {title}")
+    panels[0].set(ylabel="Loss above the best [nats/token]")
 
 
 @styled
-def recipes(figure: Figure, table: pd.DataFrame) -> None:
-    """Show each recipe's final losses, a point per seed, with their mean."""
-    names = table.recipe.unique()
-    figure.set_figheight(1.2 + 0.5 * len(names))
+def arms(figure: Figure, table: pd.DataFrame, noise: float) -> None:
+    """Show each arm's final losses, a point per seed, the mean and a band for the noise about it."""
+    names = table.groupby("arm").loss.mean().sort_values(ascending=False).index
+    figure.set_figheight(1.2 + 0.36 * len(names))
     axes = figure.subplots()
-    for name, look in looks(names).items():
-        losses = table.loc[table.recipe == name, "loss"]
-        axes.plot(losses, [name] * len(losses), **(look | {"linestyle": ""}))
-        axes.plot(losses.mean(), name, "|", markersize=22, color=BLACK)
-    axes.margins(y=0.6 / len(names))
-    axes.set(xlabel=LABELS["val_loss"], title="Recipes: a point per seed, a bar at the mean")
+    for place, name in enumerate(names):
+        losses = table.loc[table.arm == name, "loss"]
+        axes.plot(losses, [place] * len(losses), "o", color=BLUE, markersize=4)
+        axes.plot(losses.mean(), place, "|", markersize=18, color=BLACK)
+        axes.barh(place, 2 * noise, 0.7, losses.mean() - noise, color="#DDDDDD", zorder=0)
+    axes.set_yticks(range(len(names)), [literal(name) for name in names])
+    axes.set(xlabel=LABELS["val_loss"], title="Equal time: points are seeds, bars their means")
     axes.grid(axis="y", visible=False)
+
+
+@styled
+def gains(figure: Figure, panels: dict[str, pd.DataFrame]) -> None:
+    """Show differences in loss with 95 % intervals; ``panels`` has arm, shape, difference, low, high."""
+    heights = [table.arm.nunique() for table in panels.values()]
+    figure.set_figheight(1.6 + 0.24 * sum(heights))
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (title, table) in zip(rows, panels.items(), strict=True):
+        order = list(table.arm.unique())[::-1]
+        shapes = list(table["shape"].unique())
+        for shift, (shape, look) in zip((0.15, -0.15), looks(shapes).items(), strict=False):
+            part = table[table["shape"] == shape]
+            places = [order.index(arm) + shift for arm in part.arm]
+            bars = {"xerr": _spread(part, "difference"), "capsize": 2, "label": shape}
+            axes.errorbar(part.difference, places, **(look | {"linestyle": ""}), **bars)
+        axes.axvline(0, color=BLACK, linewidth=1)
+        axes.set_yticks(range(len(order)), [literal(name) for name in order])
+        axes.set(title=title)
+        axes.grid(axis="y", visible=False)
+    rows[-1].set(xlabel="Difference in validation loss [nats/token], 95 % interval")
+
+
+@styled
+def gain_by_size(figure: Figure, table: pd.DataFrame) -> None:
+    """Show the difference in loss between two arms by size, with 95 % intervals."""
+    axes = figure.subplots()
+    bars = {"capsize": 3, "color": BLUE, "marker": "o"}
+    axes.errorbar(table.n_params, table.difference, _spread(table, "difference"), **bars)
+    axes.axhline(0, color=BLACK, linewidth=1)
+    axes.set(xscale="log", xlabel=LABELS["n_params"], ylabel="Difference in loss [nats/token]")
+    axes.set(title="best - AdamW tuned, by size")
+
+
+@styled
+def loss_by_budget(figure: Figure, table: pd.DataFrame, goal: float) -> None:
+    """Show arms' losses by training time, a point per seed; dotted: the loss to reach."""
+    axes = figure.subplots()
+    for (name, part), look in zip(
+        table.groupby("arm", sort=False), looks(table.arm.unique()).values(), strict=True
+    ):
+        axes.plot(part.groupby("seconds").loss.mean(), label=name, **(look | {"marker": ""}))
+        axes.plot(part.seconds, part.loss, **(look | {"linestyle": "", "markersize": 4}))
+    axes.axhline(goal, **DOTTED)
+    axes.set(xscale="log", xlabel="Training time [s]", ylabel=LABELS["val_loss"])
+    axes.set(title="Loss by training time")
 
 
 @styled

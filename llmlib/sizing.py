@@ -35,7 +35,13 @@ MEMORY_GB = {"A10": 24, "A10G": 24, "A100": 40, "H100": 80, "H200": 141, "L4": 2
 MEMORY_GB |= {"RTX 3090": 24, "RTX 4090": 24}
 OTHER_CHIPS = {"MIG", "NVL", "Laptop", "D", "Ti", "SUPER"}  # share a name, not a peak
 # Of a hidden parameter: what the optimizer keeps, and what it needs besides while it steps [bytes].
-OPTIMIZER_BYTES = {"adamw": (8, 0), "muon": (4, 8), "sophia": (8, 9), "sophia_writeup": (8, 9)}
+OPTIMIZER_BYTES = {
+    "adamw": (8, 0),
+    "muon": (4, 8),
+    "normuon": (4, 12),
+    "sophia": (8, 9),
+    "sophia_writeup": (8, 9),
+}
 HUBER_DELTA = 1e-3  # on log loss, summed over points: both papers
 MAX_EXPONENT = 5.0  # of the fit
 

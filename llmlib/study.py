@@ -59,22 +59,25 @@ def run_study(record: runs.Record, name: str, settings: Settings, tokens_dir: Pa
     """
     path, ids = record.path / f"{name}.csv", {k: setting_id(*v) for k, v in settings.items()}
     table = _read(path) if path.exists() else pd.DataFrame({"id": []})
-    folders = {}
-    for label, setting in settings.items():
-        if ids[label] not in {*table.id, *folders}:
-            model, train = setting[0], override(setting[1], keep_weights=False)  # would fill a disk
-            folders[ids[label]] = record.path / "trials" / name / ids[label]
-            runs.create_run(folders[ids[label]], model, train, tokens_dir)
+    labels = {}
+    for label in settings:
+        if ids[label] not in set(table.id):
+            labels.setdefault(ids[label], label)
+    folders = {i: record.path / "trials" / name / i for i in labels}
+    for i, folder in folders.items():
+        model, train = settings[labels[i]]
+        light = override(train, keep_weights=False)  # many runs' would fill a disk
+        runs.create_run(folder, model, light, tokens_dir)
     is_over = False
     try:
         launch.run_many(list(folders.values()))
         is_over = True
     finally:
         ended = {i: run for i, run in folders.items() if is_over or runs.read_result(run)}
-        rows = pd.DataFrame([{"id": i} | _row(run) for i, run in ended.items()])
-        if len(rows):
-            both = pd.concat([table, rows]) if len(table) else rows
-            runs.write_atomic(path, both.to_csv(index=False))
+        rows = [{"id": i, "run": labels[i]} | _row(run) for i, run in ended.items()]
+        if rows:
+            grown = pd.DataFrame(table.to_dict("records") + rows)
+            runs.write_atomic(path, grown.to_csv(index=False))
     found = _read(path).set_index("id").loc[list(ids.values())].reset_index()
     return found.assign(run=list(ids))
 
@@ -165,6 +168,34 @@ def differences(table: pd.DataFrame, base: str) -> pd.DataFrame:
     half = stats.t.ppf(0.975, freedom) * noise / len(ours) ** 0.5
     found = ours.mean().rename("difference").rename_axis("arm").reset_index()
     return found.assign(low=found.difference - half, high=found.difference + half, n=len(ours))
+
+
+def grids(table: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
+    """Take from a search's rows the last grid of each optimizer over each of the named settings.
+
+    A grid is three rows or more that differ in nothing else. Adds ``setting``, ``factor`` (to the
+    best of the grid), ``gap`` (loss above its best) and ``is_edge`` (that best is at an end).
+    """
+    fields, found = [f for f in TrainConfig.__dataclass_fields__ if f in table], []
+    for name in names:
+        others = [field for field in fields if field not in (name, "budget_tokens")]
+        kinds = table.groupby(others, dropna=False, sort=False)
+        long = [part for _, part in kinds if part[name].nunique() > 2]
+        for part in {part.optimizer.iloc[0]: part for part in long}.values():
+            part, best = part.sort_values(name), part.loc[part.loss.idxmin()]
+            is_edge = best[name] in (part[name].iloc[0], part[name].iloc[-1])
+            shown = {"setting": name, "factor": part[name] / best[name], "is_edge": is_edge}
+            found.append(part.assign(**shown, gap=part.loss - best.loss))
+    return pd.concat(found, ignore_index=True)
+
+
+def by_shape(tables: dict[str, pd.DataFrame], name: str, base: str) -> pd.DataFrame:
+    """Tabulate ``differences`` to the base over all tables called ``<name>_<shape>``."""
+    return pd.concat(
+        differences(table, base).assign(shape=key.removeprefix(f"{name}_"))
+        for key, table in tables.items()
+        if key.startswith(f"{name}_")
+    )
 
 
 def size_settings(base: ModelConfig, train: TrainConfig, plan: Plan) -> Settings:

@@ -1,12 +1,16 @@
 """Plans of many runs, and a study of real processes at smoke size."""
 
+import math
+import shutil
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
+from scipy import stats
 
 from llmlib import runs, study
-from llmlib.config import SCALES, override, recipe
+from llmlib.config import SCALES, override
 from llmlib.study import PLANS
 from llmlib.tests.conftest import FP32, SMOKE
 
@@ -55,25 +59,72 @@ def test_a_size_whose_step_failed_is_left_out_and_none_has_fewer_than_the_least_
     assert not any(name.startswith(f"{failed}-") for name in settings)
 
 
-@pytest.mark.parametrize("scale", PLANS)
-def test_every_optimizer_has_the_same_grid_about_its_own_guess(scale):
-    base, plan = SCALES[scale], PLANS[scale]
-    settings = study.optimizer_settings(base.model, base.train, plan)
-    rates = {}
-    for model, train in settings.values():
-        rates.setdefault(train.optimizer, []).append(train.lr / base.train.lr)
-        assert model == base.model and train.budget_tokens == plan.trial_tokens
-    assert rates.pop("sophia_writeup") == [1.0]
-    for optimizer, guess in study.RATE_GUESS.items():
-        assert rates[optimizer] == pytest.approx([guess * f for f in plan.rate_factors])
+def test_a_time_buys_whole_steps():
+    _, train = study.in_time((SMOKE.model, FP32), 1000.0, 9.0)
+    per_step = FP32.n_sequences * SMOKE.model.seq_len
+    assert train.budget_tokens == 9 * per_step and not train.eval_all
+    _, train = study.in_time((SMOKE.model, FP32), 1.0, 9.0)
+    assert train.budget_tokens == study.MIN_STEPS * per_step
 
 
-def test_recipes_meet_the_same_seeds_and_tokens():
-    plan = PLANS["smoke"]
-    recipes = {n: override(FP32, **recipe(n, "smoke")) for n in ("winner2024", "best")}
-    settings = study.recipe_settings(SMOKE.model, recipes, plan)
-    assert list(settings) == [f"{n}-seed{s}" for n in recipes for s in plan.seeds]
-    assert {train.budget_tokens for _, train in settings.values()} == {plan.trial_tokens}
+def bowl(lr, embed_lr):
+    """A loss whose best rates are 0.02 and 0.3; above 0.2 the first one diverges."""
+    loss = math.log(lr / 0.02) ** 2 + math.log(embed_lr / 0.3) ** 2
+    return math.nan if lr > 0.2 else loss
+
+
+@pytest.mark.parametrize("start", [(0.001, 0.001), (0.1, 10.0), (0.02, 0.3)])
+def test_search_extends_its_grids_until_the_best_is_inside(start):
+    met = []
+
+    def train_all(settings):
+        trains = [train for _, train in settings.values()]
+        met.extend((t.lr, t.embed_lr) for t in trains)
+        return pd.DataFrame({"loss": [bowl(t.lr, t.embed_lr) for t in trains]})
+
+    train = override(FP32, lr=start[0], embed_lr=start[1])
+    best = study.search(train_all, train, (("lr",), ("embed_lr",)), SMOKE.model)
+    assert abs(math.log2(best.lr / 0.02)) <= 0.5 and abs(math.log2(best.embed_lr / 0.3)) <= 0.5
+    assert {(best.lr / 2, start[1]), (best.lr * 2, start[1])} <= set(met)
+    assert {(best.lr, best.embed_lr / 2), (best.lr, best.embed_lr * 2)} <= set(met)
+    rows = [{"optimizer": "adamw", "lr": lr, "embed_lr": e, "loss": bowl(lr, e)} for lr, e in met]
+    grids = study.grids(pd.DataFrame(rows), ("lr", "embed_lr"))
+    assert not grids.is_edge.any() and set(grids.setting) == {"lr", "embed_lr"}
+    assert (grids.gap.dropna() >= 0).all() and (grids[grids.gap == 0].factor == 1).all()
+
+
+def test_settings_named_together_are_scaled_together_and_counts_stay_whole():
+    scaled = study.scaled(override(FP32, embed_lr=0.5), ("lr", "embed_lr", "micro_batch"), 0.5)
+    assert (scaled.lr, scaled.embed_lr) == (FP32.lr / 2, 0.25)
+    assert scaled.micro_batch == FP32.micro_batch // 2
+
+
+def table_of(losses):
+    return pd.DataFrame(
+        {"run": f"{arm}-seed{seed}", "seed": seed, "loss": loss}
+        for arm, values in losses.items()
+        for seed, loss in enumerate(values)
+    )
+
+
+def test_difference_of_two_arms_is_the_paired_t_interval():
+    ours, theirs = [3.1, 3.3, 3.2, 3.35], [3.4, 3.5, 3.6, 3.55]
+    [row] = study.differences(table_of({"b": theirs, "a": ours}), "b").itertuples()
+    expected = stats.ttest_rel(ours, theirs)
+    low, high = expected.confidence_interval(0.95)
+    assert (row.arm, row.low, row.high) == ("a", pytest.approx(low), pytest.approx(high))
+
+
+def test_intervals_over_many_arms_cover_the_truth():
+    rng, n_inside = np.random.default_rng(0), 0
+    for _ in range(200):
+        seeds = rng.normal(size=3)
+        losses = {f"arm{i}": seeds + 0.1 * i + 0.05 * rng.normal(size=3) for i in range(5)}
+        found = study.differences(table_of(losses), "arm0")
+        n_inside += (
+            (found.low < 0.1 * found.index + 0.1) & (found.high > 0.1 * found.index + 0.1)
+        ).sum()
+    assert 0.92 < n_inside / 800 < 0.98
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +148,7 @@ def test_equal_settings_give_equal_losses(studied):
 
 def test_finished_run_leaves_its_rows_and_its_result_but_nothing_large(studied):
     record, _, _ = studied
-    run = record.path / "trials" / "trials" / "a"
+    run = record.path / "trials" / "trials" / study.setting_id(SMOKE.model, TINY)
     assert {"config.json", "metrics.jsonl", "result.json"} <= {p.name for p in run.iterdir()}
     assert not (run / "checkpoints").exists() and not (run / "model.safetensors").exists()
 
@@ -108,8 +159,31 @@ def test_failed_run_is_a_row_that_says_why(studied):
     assert table.loss.isna()["bad"]
 
 
-def test_finished_study_is_its_table(studied, smoke_tokens, monkeypatch):
+def test_study_goes_on_from_its_table_alone(studied, smoke_tokens, monkeypatch):
     record, settings, table = studied
-    monkeypatch.setattr(study.launch, "run_many", lambda _: pytest.fail("trained again"))
-    again = study.run_study(record, "trials", settings, smoke_tokens)
-    assert again.set_index("run").equals(table)
+    shutil.rmtree(record.path / "trials")
+    more = settings | {"new": (SMOKE.model, override(TINY, seed=5))}
+    again = study.run_study(record, "trials", more, smoke_tokens).set_index("run")
+    assert [path.name for path in (record.path / "trials" / "trials").iterdir()] == [
+        again.id["new"]
+    ]
+    assert again.loc[table.index].equals(table) and again.loss["new"] != again.loss["a"]
+    monkeypatch.setattr(
+        study.launch, "run_many", lambda runs: runs and pytest.fail("trained again")
+    )
+    study.run_study(record, "trials", more, smoke_tokens)
+
+
+def test_interrupted_study_keeps_the_rows_of_runs_that_had_ended(
+    smoke_tokens, tmp_path, monkeypatch
+):
+    def stop_early(folders):
+        run_many(folders[:1])
+        raise KeyboardInterrupt
+
+    run_many, record = study.launch.run_many, runs.Record(tmp_path, {})
+    monkeypatch.setattr(study.launch, "run_many", stop_early)
+    settings = study.repeated({"a": (SMOKE.model, TINY)}, (1, 2))
+    with pytest.raises(KeyboardInterrupt):
+        study.run_study(record, "rows", settings, smoke_tokens)
+    assert list(pd.read_csv(tmp_path / "rows.csv").run) == ["a-seed1"]

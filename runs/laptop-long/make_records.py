@@ -6,7 +6,6 @@ written below this folder; another commit, processor or corpus is refused.
 """
 
 import argparse
-from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +15,7 @@ import pandas as pd
 from llmlib import bench, config, data, prepare, runs, study
 from llmlib.sizing import count_params
 
-HERE, SECONDS = Path(__file__).parent, 20.0
+HERE, SECONDS = Path(__file__).parent, 12.0
 BASE = config.fit_vocabulary(config.get_scale("laptop"), 4096)
 SHAPES = {"1x32": (1, 32), "1x64": (1, 64), "1x96": (1, 96), "2x128": (2, 128), "3x160": (3, 160)}
 MAIN, SECOND, GROWTH = "2x128", "1x64", ("1x32", "1x96", "3x160")
@@ -62,29 +61,37 @@ def step_name(model: config.ModelConfig, train: config.TrainConfig) -> str:
 class Study:
     """A record of runs; each gets the tokens that its speed, measured before all, buys in SECONDS."""
 
-    def __init__(self, name: str, batches: dict[str, tuple[int, ...]]):
+    def __init__(self, name: str, *shapes: str):
         self.tokens_dir = HERE.parent / "local" / "laptop-long" / "tokens"
         if not (self.tokens_dir / "manifest.json").exists():
             prepare.prepare(BASE.data, self.tokens_dir)
         about = {key: runs.environment()[key] for key in ("commit", "processor", "n_threads")}
         windows = data.eval_windows(self.tokens_dir, "val", BASE.model.seq_len)
-        self.record = runs.Record(HERE / name, about | {"val_sha256": data.sha256(windows)})
+        self.record = runs.Record(
+            HERE / name, about | {"seconds": SECONDS, "val_sha256": data.sha256(windows)}
+        )
         kinds = [{"optimizer": o} for o in ("adamw", "muon", "normuon", "sophia")]
         kinds += [{"optimizer": o, "cautious": True} for o in ("muon", "normuon")]
-        steps = []
-        for shape, sizes in batches.items():
-            for kind in [*kinds, *({"micro_batch": n} | k for n in sizes for k in kinds[:2])]:
-                setting = shaped(shape, config.override(BASE.train, **kind))
-                steps.append(bench.Variant(step_name(*setting), *setting))
+        kinds += [{"micro_batch": n} for n in (1, 2, 4, 16)]
+        settings = [shaped(s, config.override(BASE.train, **k)) for s in shapes for k in kinds]
+        steps = [bench.Variant(step_name(*setting), *setting) for setting in settings]
         if steps:
             turns = {"n_rounds": 3, "n_steps": 10}
             table = self.record.cached_table("speeds", lambda: bench.measure(steps, **turns))
-            self.speeds = table.set_index("name").tokens_per_s
+            n_tokens = table.micro_batch * BASE.model.seq_len
+            self.step_seconds = dict(zip(table.name, n_tokens / table.tokens_per_s, strict=True))
+
+    def speed(self, model: config.ModelConfig, train: config.TrainConfig) -> float:
+        """Return tokens/s: AdamW's step of this batch, and what the optimizer takes more at 8."""
+        at_8 = replace(train, micro_batch=8)
+        adamw = [replace(t, optimizer="adamw", cautious=False) for t in (train, at_8)]
+        own, less, more = (self.step_seconds[step_name(model, t)] for t in (*adamw, at_8))
+        return train.micro_batch * model.seq_len / (own + more - less)
 
     def train(self, name: str, arms: study.Settings, seeds=(0,), seconds=SECONDS) -> pd.DataFrame:
         """Train arms with all seeds; rows of the named table."""
         settings = {
-            label: study.in_time(setting, self.speeds[step_name(*setting)], seconds)
+            label: study.in_time(setting, self.speed(*setting), seconds)
             for label, setting in study.repeated(arms, seeds).items()
         }
         return study.run_study(self.record, name, settings, self.tokens_dir)
@@ -94,7 +101,9 @@ class Study:
         model, _ = shaped(shape, start)
         return study.search(partial(self.train, f"tuning_{shape}"), start, coordinates, model)
 
-    def improve(self, base: config.TrainConfig, changes: dict[str, dict]) -> tuple[dict, dict]:
+    def improve(
+        self, name: str, base: config.TrainConfig, changes: dict[str, dict]
+    ) -> tuple[dict, dict]:
         """Screen single changes at one size and confirm those that gain at another.
 
         Returns the changes that gain beyond noise at both: all together, and what undoes each.
@@ -105,7 +114,7 @@ class Study:
             tries = {"base": shaped(shape, at[shape])}
             for gain in gains:
                 tries[gain] = shaped(shape, config.override(at[shape], **changes[gain]))
-            table = self.train(f"ingredients_{base.optimizer}_{shape}", tries, seeds)
+            table = self.train(f"ingredients_{name}_{shape}", tries, seeds)
             found = study.differences(table, "base").sort_values("difference")
             gains = found.arm[found.high < 0].tolist()
             best_schedule = [gain for gain in gains if gain in TO_ZERO][:1]
@@ -116,7 +125,7 @@ class Study:
 
 def recipe() -> None:
     """Tune, screen, confirm, leave one out, compare."""
-    part, one_by_one = Study("04_recipe", {MAIN: (2, 4, 16, 32), SECOND: (4, 16)}), FIELDS[:3]
+    part, one_by_one = Study("04_recipe", MAIN, SECOND), FIELDS[:3]
     arms = {"winner2024 as published": config.override(BASE.train, schedule="one_cycle_unfinished")}
     arms |= {"winner2024": BASE.train}
     for name, start in STARTS.items():
@@ -125,30 +134,30 @@ def recipe() -> None:
     arms["Sophia, rho tuned"] = part.search(arms["Sophia as published"], (("rho",), ("lr",)))
     for base, name in IMPROVED.items():
         changes = CANDIDATES | (OF_MUON if base == "Muon" else {})
-        together, undo = part.improve(arms[base], changes)
+        together, undo = part.improve(base.lower(), arms[base], changes)
         arms[name] = part.search(config.override(arms[base], **together), one_by_one[:2])
         runs.write_json(part.record.path / f"{name}.json", config.to_json(arms[name]))
-        for shape in (MAIN, SECOND) if undo else ():
+        for shape in (MAIN, SECOND) if name == "best" and undo else ():
             whole = part.search(arms[name], (("lr", "embed_lr"),), shape)
             tries = {"whole": shaped(shape, whole)}
             tries |= {f"without {g}": shaped(shape, replace(whole, **u)) for g, u in undo.items()}
-            part.train(f"leave_one_out_{whole.optimizer}_{shape}", tries, (4, 5, 6))
+            part.train(f"leave_one_out_{shape}", tries, (4, 5, 6))
     arms_at = {MAIN: arms, SECOND: {}}
     for name in (*IMPROVED, *IMPROVED.values()):
         arms_at[SECOND][name] = part.search(arms[name], (("lr", "embed_lr"),), SECOND)
     for shape, found in arms_at.items():
         part.train(f"arms_{shape}", {k: shaped(shape, v) for k, v in found.items()}, range(11, 16))
     finals = {name: shaped(MAIN, arms[name]) for name in IMPROVED.values()}
-    for share in (0.25, 0.5, 1.0):
+    for share in (0.25, 0.5):  # the whole is among the arms
         part.train(f"budget_{share:g}", finals, (11, 12, 13), share * SECONDS)
 
 
 def growth() -> None:
     """Compare AdamW tuned and best at equal tokens per parameter, with rates checked at each size."""
-    part = Study("04_growth", {})
+    part = Study("04_growth")
     for shape in GROWTH:
         n_tokens = RATIO * count_params(shaped(shape, BASE.train)[0])
-        part.speeds = defaultdict(lambda n=n_tokens: n / SECONDS)
+        part.speed = lambda *_, n=n_tokens: n / SECONDS
         found = {}
         for name in IMPROVED.values():
             start = config.TrainConfig(**runs.read_json(HERE / "04_recipe" / f"{name}.json"))
