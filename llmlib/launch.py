@@ -1,8 +1,7 @@
 """Start training in processes of its own, watch it, stop it: the notebook's side of ``train``.
 
-A training process holds the run's lock and a pipe from its launcher. When the launcher dies (a
-kernel that was killed, say), the pipe closes, and the run saves itself and leaves. Launching the
-same folder again attaches to the run if it is still there, and otherwise resumes it.
+A training process has a pipe from its launcher. When the launcher dies (a kernel that was killed,
+say), the pipe closes, and the run saves itself and leaves. Launching the same folder again resumes.
 """
 
 import math
@@ -16,12 +15,13 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from IPython.display import display
+from IPython.display import DisplayHandle, display
+from tqdm import tqdm
 
-from llmlib import analysis, devices, locks, plots, runs
+from llmlib import analysis, devices, plots, runs
 
 POLL_SECONDS = 0.5
-CURVE_SECONDS = 10.0  # between drawings of the live curve
+OFTEN = {"mininterval": 5.0, "miniters": 0}  # of what is shown
 
 
 def start(
@@ -51,19 +51,17 @@ def run_training(run: Path, *, n_processes: int | None = None) -> dict[str, Any]
 
     Uses one process per accelerator unless ``n_processes`` says otherwise.
     """
-    live = Live()
-    while (result := runs.read_result(run)) is None:
-        if owner := locks.lock_owner(run):  # left by an earlier launcher, and still at work
-            live.show(f"attached to {owner}: {progress_line(run)}", run)
-            time.sleep(POLL_SECONDS)
-            continue
-        seen = len(_log(run))
+    if runs.read_result(run) is None:
+        log = run / "train.log"
+        n_seen = log.stat().st_size if log.exists() else 0
+        curve = display({}, raw=True, display_id=True) if plots.is_attended() else None
         process = start([run], n_processes=n_processes or devices.n_accelerators() or 1)
-        _watch([process], lambda: live.show(progress_line(run), run))
+        what, looks = "starting (the first step compiles)", "{percentage:3.0f}% {bar:20} {desc}"
+        with tqdm(desc=what, total=1.0, bar_format=looks, **OFTEN) as bar:
+            _watch([process], lambda: _show_run(run, bar, curve))
         if process.returncode:
-            _raise_its_error(run, process.returncode, _log(run)[seen:])
-    live.show(progress_line(run))
-    return result
+            _raise_its_error(run, process.returncode, log_tail(run, skip=n_seen))
+    return runs.read_result(run)
 
 
 def _watch(processes: list[subprocess.Popen], show: Callable[[], None]) -> None:
@@ -77,30 +75,24 @@ def _watch(processes: list[subprocess.Popen], show: Callable[[], None]) -> None:
             process.stdin.close()
         for process in processes:
             process.wait()
+    show()
 
 
-def _raise_its_error(run: Path, status: int, log: str) -> None:
-    if status == 2 and "error: " in log:
-        raise ValueError(log.rsplit("error: ", 1)[1].strip())
+def _raise_its_error(run: Path, status: int, said: str) -> None:
+    if status == 2 and "error: " in said:
+        raise ValueError(said.rsplit("error: ", 1)[1])
     killed = " (killed; often because memory ended)" if status == -signal.SIGKILL else ""
     raise RuntimeError(
         f"training ended with status {status}{killed}; run the same cell again to resume from the "
-        f"last checkpoint. The end of {run.name}/train.log:\n{_tail(log)}"
+        f"last checkpoint. The end of {run.name}/train.log:\n{said}"
     )
 
 
-def log_tail(run: Path, n_lines: int = 12) -> str:
-    """Return the last lines that a run's process printed."""
-    return _tail(_log(run), n_lines)
-
-
-def _log(run: Path) -> str:
-    path = run / "train.log"
-    return path.read_text(errors="replace") if path.exists() else ""
-
-
-def _tail(log: str, n_lines: int = 12) -> str:
-    return "\n".join(log.strip().splitlines()[-n_lines:]) or "(no output)"
+def log_tail(run: Path, n_lines: int = 12, *, skip: int = 0) -> str:
+    """Return the last lines that a run's process printed, after so many bytes of its log."""
+    log = run / "train.log"
+    text = log.read_bytes()[skip:].decode(errors="replace") if log.exists() else ""
+    return "\n".join(text.strip().splitlines()[-n_lines:]) or "(no output)"
 
 
 def run_many(folders: list[Path]) -> None:
@@ -109,56 +101,30 @@ def run_many(folders: list[Path]) -> None:
     On CPUs one worker per core, with one thread each; on a GPU one. A worker takes its runs in turn
     and keeps the graphs it has compiled, so runs of equal shape go to the same one.
     """
+
+    def n_done() -> int:
+        return sum(runs.read_result(run) is not None for run in folders)
+
     waiting = [run for run in folders if runs.read_result(run) is None]
     waiting.sort(key=lambda run: str(runs.read_run(run).model))
     n_workers = 1 if devices.n_accelerators() else runs.n_cores()
     n_each = math.ceil(len(waiting) / n_workers) or 1
     shares = [waiting[i : i + n_each] for i in range(0, len(waiting), n_each)]
-    workers = [start(share, n_threads=1 if len(shares) > 1 else None) for share in shares]
-    live = Live()
-    _watch(workers, lambda: live.show(_count_done(folders)))
-    live.show(_count_done(folders))  # the others failed
+    n_threads = 1 if len(shares) > 1 else None
+    workers = [start(share, n_threads=n_threads) for share in shares]
+    with tqdm(total=len(folders), unit=" runs", **OFTEN) as bar:
+        _watch(workers, lambda: bar.update(n_done() - bar.n))
 
 
-def _count_done(folders: list[Path]) -> str:
-    n_done = sum(runs.read_result(run) is not None for run in folders)
-    return f"{n_done}/{len(folders)} runs done"
-
-
-def progress_line(run: Path) -> str:
-    """Describe in one line where a run is: bar, step, loss, tokens/s, MFU, time left."""
+def _show_run(run: Path, bar: tqdm, curve: DisplayHandle | None) -> None:
+    """Say where a run is: step, loss, tokens/s, MFU, time left; draw its curve where one is shown."""
     rows = runs.read_metrics(run, "step", last=True)
     if rows.empty:
-        return "starting (the first step compiles the model)"
+        return
     row = rows.iloc[-1]
-    done = round(20 * row.progress)
     mfu = "n/a" if row.mfu is None or math.isnan(row.mfu) else f"{row.mfu:.0%}"
     left = timedelta(seconds=int(row.seconds_left))
-    return (
-        f"{'█' * done}{'░' * (20 - done)} {row.progress:4.0%} | step {row.step} | "
-        f"loss {row.loss:.3f} | {row.tokens_per_s:,.0f} tokens/s | MFU {mfu} | {left} left"
-    )
-
-
-class Live:
-    """A line that is rewritten in place and, where somebody watches a notebook, a curve beneath it."""
-
-    def __init__(self) -> None:
-        self.drawn_at, self.places = -math.inf, {}  # of the curve; handles of what is displayed
-
-    def show(self, text: str, run: Path | None = None) -> None:
-        """Rewrite the line; draw the run's curve anew if it is older than ``CURVE_SECONDS``."""
-        if plots.get_ipython() is None:
-            print(f"\r{text}", end="", flush=True)
-            return
-        self._display("line", {"text/plain": text}, raw=True)
-        is_due = run and time.monotonic() > self.drawn_at + CURVE_SECONDS and plots.is_attended()
-        if is_due and len(runs.read_metrics(run, "step")) > 1:
-            self._display("curve", plots.training_curve(analysis.load_curve(run), None))
-            self.drawn_at = time.monotonic()
-
-    def _display(self, name: str, what: Any, **options: Any) -> None:
-        if name in self.places:
-            self.places[name].update(what, **options)
-        else:
-            self.places[name] = display(what, display_id=True, **options)
+    text = f"step {row.step} | loss {row.loss:.3f} | {row.tokens_per_s:,.0f} tokens/s | MFU {mfu}"
+    bar.set_description_str(f"{text} | {left} left", refresh=False)
+    if bar.update(row.progress - bar.n) and curve:
+        curve.update(plots.training_curve(analysis.load_curve(run), None))

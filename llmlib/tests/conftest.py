@@ -10,12 +10,13 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import filelock
 import pytest
 import tiktoken
 
 os.environ["OMP_NUM_THREADS"] = "1"  # at these sizes, threads only wait for each other
 
-from llmlib import runs
+from llmlib import checkpoint, runs
 from llmlib.config import SCALES, ModelConfig, TrainConfig, override
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
@@ -101,6 +102,12 @@ class Training:
         """Wait for the end and return exit status and output."""
         output, _ = self.process.communicate(timeout=timeout)
         return self.process.returncode, output
+
+
+def newest_checkpoint(run: Path) -> int:
+    """The step of a run's newest valid checkpoint, once its process has left."""
+    with filelock.FileLock(run / "lock", is_singleton=False):
+        return int(checkpoint.newest_valid(run / "checkpoints").name)
 
 
 @pytest.fixture

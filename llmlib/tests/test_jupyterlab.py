@@ -39,7 +39,7 @@ def folder(tmp_path_factory, smoke_records):
     folder = tmp_path_factory.mktemp("jupyterlab")
     shutil.copytree(smoke_records[0], folder / "runs")
     shutil.rmtree(folder / "runs" / "05_full_run")
-    for stem in workbook.select(None):
+    for stem in workbook.select(""):
         notebook = nbformat.read(workbook.NOTEBOOKS / f"{stem}.ipynb", as_version=4)
         [parameters] = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
         parameters.source += f'\nscale, runs_dir = "smoke", {str(folder / "runs")!r}'
@@ -103,7 +103,7 @@ def browser():
     driver.quit()
 
 
-@pytest.mark.parametrize("stem", workbook.select(None))  # in order: each reads earlier records
+@pytest.mark.parametrize("stem", workbook.select(""))  # in order: each reads earlier records
 def test_every_cell_runs_in_jupyterlab(lab, folder, browser, stem):
     from selenium.webdriver.support.wait import WebDriverWait
 
