@@ -94,11 +94,11 @@ def execute(stem: str, record: Path, values: dict[str, Any]) -> None:
     print(f"{stem}: done after {notebook.metadata.papermill.duration:.0f} s", flush=True)
 
 
-def sample(run: Path, prompt: str, n_new: int, **how: Any) -> None:
+def sample(run: Path, prompt: str, n_new: int, temperature: float) -> None:
     """Print a prompt and how a run's model continues it."""
     model, encoding = inference.load_run(run)
     print(prompt, end="", flush=True)
-    for piece in inference.continue_text(model, encoding, prompt, n_new, **how):
+    for piece in inference.continue_text(model, encoding, prompt, n_new, temperature=temperature):
         print(piece, end="", flush=True)
     print()
 
@@ -110,8 +110,8 @@ def build_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("run", help="execute the notebooks in order").add_argument
     add("--scale", default="laptop", choices=SCALES, help="size of everything")
     add("--only", default="", metavar="LIST", help="notebooks, such as 03_sizing or 01,05")
-    help_p, pair = "set a notebook parameter (repeatable)", ("NAME", "VALUE")
-    add("-p", action="append", default=[], nargs=2, metavar=pair, dest="parameters", help=help_p)
+    pair = {"nargs": 2, "metavar": ("NAME", "VALUE"), "action": "append", "default": []}
+    add("-p", **pair, dest="parameters", help="set a notebook parameter (repeatable)")
     add("--runs-dir", default="", help="where records go (runs/local/SCALE)")
 
     run = {"type": Path, "help": "a finished run: runs/local/laptop/05_full_run"}
@@ -120,7 +120,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("prompt")
     add("-n", type=int, default=200, dest="n_new", help="tokens to add at most")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest")
-    add("--seed", type=int, default=0)
 
     add = commands.add_parser("export", help="write a run's model for Hugging Face").add_argument
     add("run", **run)

@@ -7,12 +7,12 @@ say), the pipe closes, and the run saves itself and leaves. Launching the same f
 import math
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from subprocess import PIPE, STDOUT, Popen
 from typing import Any
 
 from IPython.display import DisplayHandle, display
@@ -24,24 +24,22 @@ POLL_SECONDS = 0.5
 OFTEN = {"mininterval": 5.0, "miniters": 0}  # of what is shown
 
 
-def start(
-    folders: list[Path], *, n_processes: int = 1, n_threads: int | None = None
-) -> subprocess.Popen:
+def start(folders: list[Path], *, n_processes: int = 1, n_threads: int = 0) -> Popen:
     """Start training runs in turn; they save and leave when the returned process's stdin closes.
 
     What it prints goes to ``train.log`` of the first run, errors of a run to its own.
     """
     torchrun = f"torch.distributed.run --standalone --nproc-per-node={n_processes} -m".split()
     command = [sys.executable, "-m", *(torchrun if n_processes > 1 else [])]
-    threads = {} if n_threads is None else {"OMP_NUM_THREADS": str(n_threads)}
+    threads = {"OMP_NUM_THREADS": str(n_threads)} if n_threads else {}
     patience = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300"}  # to save after a signal [s], not 30
     with open(folders[0] / "train.log", "a") as log:
-        return subprocess.Popen(
+        return Popen(
             [*command, "llmlib.train", "--watched", *map(str, folders)],
             env=patience | os.environ | threads,
-            stdin=subprocess.PIPE,
+            stdin=PIPE,
             stdout=log,
-            stderr=subprocess.STDOUT,
+            stderr=STDOUT,
             start_new_session=True,  # Ctrl-C reaches it through us, once
         )
 
@@ -59,12 +57,16 @@ def run_training(run: Path, *, n_processes: int | None = None) -> dict[str, Any]
         what, looks = "starting (the first step compiles)", "{percentage:3.0f}% {bar:20} {desc}"
         with tqdm(desc=what, total=1.0, bar_format=looks, **OFTEN) as bar:
             _watch([process], lambda: _show_run(run, bar, curve))
-        if process.returncode:
-            _raise_its_error(run, process.returncode, log_tail(run, skip=n_seen))
+        if status := process.returncode:
+            killed = " (killed; often because memory ended)" if status == -signal.SIGKILL else ""
+            raise (ValueError if status == 2 else RuntimeError)(
+                f"training ended with status {status}{killed}; run the same cell again to resume.\n"
+                f"The end of {run.name}/train.log:\n{log_tail(run, skip=n_seen)}"
+            )
     return runs.read_result(run)
 
 
-def _watch(processes: list[subprocess.Popen], show: Callable[[], None]) -> None:
+def _watch(processes: list[Popen], show: Callable[[], None]) -> None:
     """Show progress until the processes end; if interrupted, wait until they have saved and left."""
     try:
         while any(process.poll() is None for process in processes):
@@ -76,16 +78,6 @@ def _watch(processes: list[subprocess.Popen], show: Callable[[], None]) -> None:
         for process in processes:
             process.wait()
     show()
-
-
-def _raise_its_error(run: Path, status: int, said: str) -> None:
-    if status == 2 and "error: " in said:
-        raise ValueError(said.rsplit("error: ", 1)[1])
-    killed = " (killed; often because memory ended)" if status == -signal.SIGKILL else ""
-    raise RuntimeError(
-        f"training ended with status {status}{killed}; run the same cell again to resume from the "
-        f"last checkpoint. The end of {run.name}/train.log:\n{said}"
-    )
 
 
 def log_tail(run: Path, n_lines: int = 12, *, skip: int = 0) -> str:
@@ -110,8 +102,7 @@ def run_many(folders: list[Path]) -> None:
     n_workers = 1 if devices.n_accelerators() else runs.n_cores()
     n_each = math.ceil(len(waiting) / n_workers) or 1
     shares = [waiting[i : i + n_each] for i in range(0, len(waiting), n_each)]
-    n_threads = 1 if len(shares) > 1 else None
-    workers = [start(share, n_threads=n_threads) for share in shares]
+    workers = [start(share, n_threads=int(len(shares) > 1)) for share in shares]
     with tqdm(total=len(folders), unit=" runs", **OFTEN) as bar:
         _watch(workers, lambda: bar.update(n_done() - bar.n))
 

@@ -17,7 +17,6 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import requires
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,12 +70,8 @@ def environment() -> dict[str, Any]:
     processor = re.search(r"Model name:\s*(.*)", subprocess.getoutput("LC_ALL=C lscpu"))
     bf16 = devices.ABILITIES["cpu"].has_bf16(torch.device("cpu"))
     status, commit = subprocess.getstatusoutput(f"git -C '{ROOT}' describe --always --dirty")
-    cores, threads, version = n_cores(), torch.get_num_threads(), torch.__version__
-    pinned = next(package for package in requires("llmlib") if package.startswith("torch=="))
-    remarks = {
-        f"torch uses {threads} threads on {cores} cores; see OMP_NUM_THREADS.": threads != cores,
-        f"torch is {version}; tested is {pinned}.": pinned != f"torch=={version.split('+')[0]}",
-    }
+    cores, threads = n_cores(), torch.get_num_threads()
+    remark = f"torch uses {threads} threads on {cores} cores; see OMP_NUM_THREADS."
     return {
         "device": devices.device_name(),
         "n_devices": devices.n_accelerators() or 1,
@@ -89,9 +84,9 @@ def environment() -> dict[str, Any]:
         "file_system": subprocess.getoutput(f"stat -f -c %T '{ROOT}'"),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "torch": version,
+        "torch": torch.__version__,
         "commit": None if status else commit,
-        "remarks": [remark for remark, holds in remarks.items() if holds],
+        "remarks": [] if threads == cores else [remark],
     }
 
 
@@ -168,10 +163,9 @@ class Record:
         write_atomic(path.with_suffix(".csv"), data.to_csv(index=False))
         return figure
 
-    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, the last file of a record."""
         write_json(self.path / "summary.json", summary)
-        return summary
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -188,10 +182,7 @@ def _refuse(path: Path, why: str) -> NoReturn:
 
 
 def runs_folder(scale: str, runs_dir: str | Path = "") -> Path:
-    """Resolve the folder that holds a scale's records; "" is ``runs/local/<scale>``.
-
-    The other folders of ``runs/`` hold committed evidence.
-    """
+    """Resolve the folder that holds a scale's records; "" is ``runs/local/<scale>``."""
     return Path(runs_dir).expanduser().resolve() if runs_dir else ROOT / "runs" / "local" / scale
 
 
@@ -229,10 +220,6 @@ def create_run(
 
     ``data`` holds facts about the tokens, for those who read the record.
     """
-    needed = read_json(tokens_dir / "manifest.json")["tokenizer"]["vocab_size"]
-    if needed > model.vocab_size:
-        what = f"vocab_size={model.vocab_size} is below the tokenizer's {needed}"
-        raise ValueError(f"{what}; config.fit_vocabulary makes the model fit.")
     config = {"model": to_json(model), "train": to_json(train), "data": data or {}}
     config["tokens_dir"] = os.path.relpath(tokens_dir.resolve(), path.resolve())
     record = Record(path, config | {"measured": {"peak_flops_per_s": peak_flops_per_s}})
@@ -248,8 +235,8 @@ def read_run(path: Path) -> RunConfig:
         tokens_dir = (path / config["tokens_dir"]).resolve()
         return RunConfig(model, train, tokens_dir, config["measured"]["peak_flops_per_s"])
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        what = f"{path / 'config.json'} is missing or not a run's config ({error})"
-        raise ValueError(f"{what}; 05_full_run writes one.") from error
+        why = f"is missing or not a run's config ({error}); 05_full_run writes one."
+        raise ValueError(f"{path / 'config.json'} {why}") from error
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import filelock
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
 import torch
@@ -40,24 +39,18 @@ def test_cores_are_those_of_the_containers_quota(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("n_cores", "version", "remarks"),
-    [
-        (3, "2.13.0+cpu", []),
-        (64, "2.13.0", ["torch uses 3 threads on 64 cores; see OMP_NUM_THREADS."]),
-        (3, "2.1.0", ["torch is 2.1.0; tested is torch==2.13.0."]),
-    ],
+    ("n_cores", "remarks"),
+    [(3, []), (64, ["torch uses 3 threads on 64 cores; see OMP_NUM_THREADS."])],
 )
-def test_environment_has_facts_and_remarks_on_what_makes_a_measurement_wrong(
-    monkeypatch, n_cores, version, remarks
+def test_environment_has_facts_and_a_remark_on_what_makes_a_measurement_wrong(
+    monkeypatch, n_cores, remarks
 ):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(torch, "__version__", version)
     monkeypatch.setattr(runs, "n_cores", lambda: n_cores)
-    monkeypatch.setattr(runs, "requires", lambda _: ["pandas", "torch==2.13.0"])
     found = runs.environment()
-    assert {"device", "processor", "commit", "file_system", "python"} <= found.keys()
-    assert (found["n_cores"], found["n_threads"], found["torch"]) == (n_cores, 3, version)
-    assert found["remarks"] == remarks and found["ram_bytes"] > 2**28
+    assert {"device", "processor", "commit", "file_system", "torch"} <= found.keys()
+    assert (found["n_cores"], found["n_threads"], found["remarks"]) == (n_cores, 3, remarks)
+    assert found["ram_bytes"] > 2**28
 
 
 def test_tables_and_values_are_computed_once_and_failures_leave_nothing_behind(tmp_path):
@@ -69,11 +62,6 @@ def test_tables_and_values_are_computed_once_and_failures_leave_nothing_behind(t
     assert record.cached_table("t", lambda: pytest.fail("computed again")).equals(table)
     assert record.cached_json("v", lambda: {"peak": 1.0}) == {"peak": 1.0}
     assert record.cached_json("v", lambda: pytest.fail("computed again")) == {"peak": 1.0}
-
-
-def test_missing_earlier_record_says_what_to_run(tmp_path):
-    with pytest.raises(ValueError, match=r"run 01_data_prep first: .*--only 01_data_prep"):
-        runs.load_summary(tmp_path / "01_data_prep")
 
 
 def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatch):
@@ -89,16 +77,6 @@ def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatc
     assert runs.read_json(path) == {"a": 1}
 
 
-def test_figures_come_with_the_data_they_show(tmp_path):
-    figure, axes = plt.subplots()
-    axes.plot([1, 2])
-    record = runs.Record(tmp_path, {})
-    assert record.figure("f", figure, pd.DataFrame({"x": [1, 2]})) is figure
-    plt.close(figure)
-    names = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert names == {"f.png", "f.svg", "f.csv"}
-
-
 def test_run_is_what_was_asked_and_finds_its_tokens_after_a_move(tmp_path, smoke_tokens):
     tokens, run = tmp_path / "a" / "tokens", tmp_path / "a" / "run"
     tokens.mkdir(parents=True)
@@ -111,12 +89,6 @@ def test_run_is_what_was_asked_and_finds_its_tokens_after_a_move(tmp_path, smoke
     assert (about.model, about.train, about.peak_flops_per_s) == (SMOKE.model, SMOKE.train, 1e12)
     assert about.tokens_dir == tmp_path / "b" / "tokens"
     assert (tmp_path / "b" / "run" / "tokenizer.json").exists()
-
-
-def test_vocabulary_that_does_not_fit_the_model_is_refused(tmp_path):
-    runs.write_json(tmp_path / "manifest.json", {"tokenizer": {"vocab_size": 1000}})
-    with pytest.raises(ValueError, match=r"vocab_size=512 is below the tokenizer's 1000"):
-        runs.create_run(tmp_path / "run", SMOKE.model, SMOKE.train, tmp_path)
 
 
 def test_metrics_are_told_apart_by_kind_and_forgotten_when_a_run_goes_back(tmp_path):
