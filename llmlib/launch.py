@@ -47,22 +47,23 @@ def start(folders: list[Path], *, n_processes: int = 1, n_threads: int = 0) -> P
 def run_training(run: Path, *, n_processes: int | None = None) -> dict[str, Any]:
     """Train the run in a folder until it is done, show its progress, and return its result.
 
-    Uses one process per accelerator unless ``n_processes`` says otherwise.
+    Uses one process per accelerator unless ``n_processes`` says otherwise. Raises ``ValueError``
+    for what the reader can mend, ``RuntimeError`` for other ends, each with the end of the log.
     """
+    log, processes, curve = run / "train.log", [], None
+    n_seen = log.stat().st_size if log.exists() else 0
     if runs.read_result(run) is None:
-        log = run / "train.log"
-        n_seen = log.stat().st_size if log.exists() else 0
         curve = display({}, raw=True, display_id=True) if plots.is_attended() else None
-        process = start([run], n_processes=n_processes or devices.n_accelerators() or 1)
-        what, looks = "starting (the first step compiles)", "{percentage:3.0f}% {bar:20} {desc}"
-        with tqdm(desc=what, total=1.0, bar_format=looks, **OFTEN) as bar:
-            _watch([process], lambda: _show_run(run, bar, curve))
-        if status := process.returncode:
-            killed = " (killed; often because memory ended)" if status == -signal.SIGKILL else ""
-            raise (ValueError if status == 2 else RuntimeError)(
-                f"training ended with status {status}{killed}; run the same cell again to resume.\n"
-                f"The end of {run.name}/train.log:\n{log_tail(run, skip=n_seen)}"
-            )
+        processes = [start([run], n_processes=n_processes or devices.n_accelerators() or 1)]
+    what, looks = "starting (the first step compiles)", "{percentage:3.0f}% {bar:20} {desc}"
+    with tqdm(desc=what, total=1.0, bar_format=looks, **OFTEN) as bar:
+        _watch(processes, lambda: _show_run(run, bar, curve))
+    if status := processes and processes[0].returncode:
+        killed = " (killed; often because memory ended)" if status == -signal.SIGKILL else ""
+        raise (ValueError if status == 2 else RuntimeError)(
+            f"training ended with status {status}{killed}; run the same cell again to resume.\n"
+            f"The end of {run.name}/train.log:\n{log_tail(run, skip=n_seen)}"
+        )
     return runs.read_result(run)
 
 
@@ -114,8 +115,8 @@ def _show_run(run: Path, bar: tqdm, curve: DisplayHandle | None) -> None:
         return
     row = rows.iloc[-1]
     mfu = "n/a" if row.mfu is None or math.isnan(row.mfu) else f"{row.mfu:.0%}"
-    left = timedelta(seconds=int(row.seconds_left))
     text = f"step {row.step} | loss {row.loss:.3f} | {row.tokens_per_s:,.0f} tokens/s | MFU {mfu}"
+    left = timedelta(seconds=int(row.seconds_left))
     bar.set_description_str(f"{text} | {left} left", refresh=False)
     if bar.update(row.progress - bar.n) and curve:
         curve.update(plots.training_curve(analysis.load_curve(run), None))

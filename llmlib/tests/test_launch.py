@@ -37,6 +37,7 @@ def test_notebook_sees_one_bar_and_one_curve_updated_in_place(make_run, monkeypa
         assert part in last
     monkeypatch.setattr(launch, "start", None)  # calling it would fail
     assert launch.run_training(run) == result
+    assert "100% ██" in capsys.readouterr().err
     launch.run_many([run])
     launch.run_many([])
 
