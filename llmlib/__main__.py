@@ -41,9 +41,7 @@ def select(only: str) -> list[str]:
         raise ValueError(f"no notebooks in {NOTEBOOKS}; install from a clone: pip install -e .")
     wanted = [part.strip()[:2].zfill(2) for part in only.split(",") if part]
     if not {stem[:2] for stem in stems}.issuperset(wanted):
-        raise ValueError(
-            f"--only {only} names an unknown notebook; choose from {', '.join(stems)}."
-        )
+        raise ValueError(f"no notebook is called {only!r}; choose from {', '.join(stems)}.")
     return [stem for stem in stems if stem[:2] in wanted or not wanted]
 
 

@@ -117,7 +117,7 @@ def lock(folder: Path) -> Iterator[None]:
     with held:
         owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
-        owner.unlink()
+        owner.unlink(missing_ok=True)
 
 
 class Record:

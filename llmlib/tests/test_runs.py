@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from llmlib import runs
-from llmlib.config import SCALES
-
-SMOKE = SCALES["smoke"]
+from llmlib.tests.conftest import SMOKE
 
 
 def test_record_claims_its_config_and_refuses_another_one_or_format(tmp_path):
@@ -38,18 +36,16 @@ def test_cores_are_those_of_the_containers_quota(tmp_path, monkeypatch):
         assert runs.n_cores(tmp_path / "cpu.max") == n
 
 
-@pytest.mark.parametrize(
-    ("n_cores", "remarks"),
-    [(3, []), (64, ["torch uses 3 threads on 64 cores; see OMP_NUM_THREADS."])],
-)
-def test_environment_has_facts_and_a_remark_on_what_makes_a_measurement_wrong(
-    monkeypatch, n_cores, remarks
-):
+def test_environment_has_facts_and_remarks_on_what_makes_a_measurement_wrong(monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    monkeypatch.setattr(runs, "n_cores", lambda: n_cores)
-    found = runs.environment()
+    for n_cores, remarks in (
+        (3, []),
+        (64, ["torch uses 3 threads on 64 cores; see OMP_NUM_THREADS."]),
+    ):
+        monkeypatch.setattr(runs, "n_cores", lambda n=n_cores: n)
+        found = runs.environment()
+        assert (found["n_cores"], found["n_threads"], found["remarks"]) == (n_cores, 3, remarks)
     assert {"device", "processor", "commit", "file_system", "torch"} <= found.keys()
-    assert (found["n_cores"], found["n_threads"], found["remarks"]) == (n_cores, 3, remarks)
     assert found["ram_bytes"] > 2**28
 
 
