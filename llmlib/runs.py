@@ -18,7 +18,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import filelock
 import matplotlib
@@ -29,6 +29,7 @@ from llmlib.config import ModelConfig, TrainConfig, to_json
 
 FORMAT = 2  # of records and checkpoints
 ROOT = Path(__file__).resolve().parent.parent  # the repository, from any working directory
+REMEDY = "choose another run_name or runs_dir, or delete that folder."
 TAIL_BYTES = 20_000  # of a metrics file: enough for its newest rows
 
 
@@ -134,7 +135,8 @@ class Record:
             names = sorted((there | here).keys() - {"measured"})
             both = [(name, there.get(name), here.get(name)) for name in names]
             if differing := [f"{name}: {a!r} there, {b!r} here" for name, a, b in both if a != b]:
-                _refuse(path, f"was made with another config ({'; '.join(differing):.600})")
+                why = f"was made with another config ({'; '.join(differing):.600})"
+                raise ValueError(f"run {path.name} in {path.parent} {why}; {REMEDY}")
         else:
             write_json(path / "environment.json", environment())
             write_json(path / "config.json", here)
@@ -172,13 +174,9 @@ def read_config(path: Path) -> dict[str, Any]:
     """Read a record's config; one of another format is refused."""
     config = read_json(path / "config.json")
     if (there := config.get("format", 1)) != FORMAT:
-        _refuse(path, f"has format {there}, this version writes {FORMAT}")
+        why = f"has format {there}, this version writes {FORMAT}"
+        raise ValueError(f"run {path.name} in {path.parent} {why}; {REMEDY}")
     return config
-
-
-def _refuse(path: Path, why: str) -> NoReturn:
-    remedy = "choose another run_name or runs_dir, or delete that folder."
-    raise ValueError(f"run {path.name} in {path.parent} {why}; {remedy}")
 
 
 def runs_folder(scale: str, runs_dir: str | Path = "") -> Path:
