@@ -39,10 +39,11 @@ def select(only: str) -> list[str]:
     stems = sorted(path.stem for path in NOTEBOOKS.glob("[0-9]*.ipynb"))
     if not stems:
         raise ValueError(f"no notebooks in {NOTEBOOKS}; install from a clone: pip install -e .")
-    wanted = [part.strip()[:2].zfill(2) for part in only.split(",") if part]
-    if not {stem[:2] for stem in stems}.issuperset(wanted):
+    wanted = {part.strip().zfill(2) for part in only.split(",")}
+    chosen = [stem for stem in stems if not only or stem.startswith(tuple(wanted))]
+    if len(chosen) < len(wanted):
         raise ValueError(f"no notebook is called {only!r}; choose from {', '.join(stems)}.")
-    return [stem for stem in stems if stem[:2] in wanted or not wanted]
+    return chosen
 
 
 def read_parameters(stems: list[str], given: dict[str, str]) -> dict[str, dict[str, Any]]:

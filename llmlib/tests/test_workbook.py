@@ -148,7 +148,7 @@ def test_sample_export_and_plan_say_what_they_did(smoke_records, llmlib, tmp_pat
     ("arguments", "words"),
     [
         ("run --scale huge", ["huge", "laptop"]),
-        ("run --only 09_nothing", ["09_nothing", "03_sizing"]),
+        ("run --only 05,01-03", ["01-03", "03_sizing"]),
         ("run -p learning_rate 1", ["learning_rate", "lr"]),
         ("run --only 05 -p lr fast", ["lr", "fast", "float"]),
         ("sample no/such/run x", ["no/such/run", "finished"]),
