@@ -18,11 +18,6 @@ ENDLESS = override(FP32, budget_steps=10**6, checkpoint_minutes=0.01)
 SHORT = override(FP32, budget_steps=5, eval_all=False)
 
 
-@pytest.fixture(autouse=True)
-def often(monkeypatch):
-    monkeypatch.setattr(launch, "POLL_SECONDS", 0.02)
-
-
 def test_notebook_sees_one_bar_and_one_curve_updated_in_place(make_run, monkeypatch, capsys):
     run, drawn = make_run(SHORT), []
     monkeypatch.setattr(plots, "is_attended", lambda: True)
