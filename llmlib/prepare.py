@@ -19,7 +19,7 @@ import numpy as np
 from tiktoken import Encoding
 from tqdm import tqdm
 
-from llmlib import corpus, data, locks, runs, tokenizer
+from llmlib import corpus, data, runs, tokenizer
 from llmlib.config import DataConfig, to_json
 from llmlib.corpus import Corpus, Shard
 from llmlib.readers import Document, Tally
@@ -38,7 +38,7 @@ def prepare(config: DataConfig, tokens_dir: Path) -> Marker:
     """Tokenise a corpus into a folder and return its manifest; what is finished is kept."""
     record = runs.Record(tokens_dir, to_json(config))
     if not (tokens_dir / "manifest.json").exists():
-        with locks.lock(tokens_dir):
+        with runs.lock(tokens_dir):
             runs.write_json(tokens_dir / "manifest.json", _write_tokens(config, record))
     return data.load_manifest(tokens_dir)
 

@@ -2,7 +2,8 @@
 
 ``config.json`` says what was asked, ``environment.json`` where it ran, ``metrics.jsonl`` what
 happened; ``result.json`` (a training run) or ``summary.json`` (a notebook) is written last and means
-done. Costly tables are kept as CSV, so a notebook that is run again takes seconds. No torch here.
+done. Costly tables are kept as CSV, so a notebook that is run again takes seconds. Whoever trains a
+run or prepares tokens holds the lock of the folder. No torch here.
 """
 
 import contextlib
@@ -12,13 +13,14 @@ import os
 import platform
 import re
 import shutil
+import socket
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import requires
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import filelock
 import matplotlib
 import pandas as pd
 from matplotlib.figure import Figure
@@ -27,6 +29,7 @@ from llmlib.config import ModelConfig, TrainConfig, to_json
 
 FORMAT = 2  # of records and checkpoints
 ROOT = Path(__file__).resolve().parent.parent  # the repository, from any working directory
+REMEDY = "choose another run_name or runs_dir, or delete that folder."
 TAIL_BYTES = 20_000  # of a metrics file: enough for its newest rows
 
 
@@ -51,54 +54,71 @@ def read_json(path: Path) -> Any:
 
 def n_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
     """Count the cores that this process may use, by its affinity and its container's quota."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count())
-    spent, _, period = quota.read_text().partition(" ") if quota.exists() else ("max", "", "")
-    by_quota = len(allowed) if spent == "max" else math.ceil(int(spent) / int(period))
-    return min(len(allowed), by_quota)
+    n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    spent, period = quota.read_text().split() if quota.exists() else ("max", "")
+    return n if spent == "max" else min(n, math.ceil(int(spent) / int(period)))
 
 
 def environment() -> dict[str, Any]:
-    """Describe where a run happens: device and its memory, processor, versions, commit.
+    """Describe where a run happens: device, processor, memory, threads, versions, commit.
 
-    Of the processor, where Linux tells: its name and the units that decide its data type. A remark
-    says what makes a measurement here wrong.
+    The processor's units decide its data type. A remark says what makes a measurement wrong.
     """
     import torch
 
     from llmlib import devices
 
-    cpuinfo = Path("/proc/cpuinfo")
-    about = cpuinfo.read_text() if cpuinfo.exists() else ""
-    name = re.search(r"model name\s*: (.*)", about)
-    units = [unit for unit in ("avx2", "avx512_bf16", "amx_bf16") if f" {unit} " in about]
+    processor = re.search(r"Model name:\s*(.*)", subprocess.getoutput("LC_ALL=C lscpu"))
+    bf16 = devices.ABILITIES["cpu"].has_bf16(torch.device("cpu"))
     status, commit = subprocess.getstatusoutput(f"git -C '{ROOT}' describe --always --dirty")
+    cores, threads = n_cores(), torch.get_num_threads()
+    remark = f"torch uses {threads} threads on {cores} cores; see OMP_NUM_THREADS."
     return {
         "device": devices.device_name(),
-        "memory_bytes": devices.memory_bytes(),
         "n_devices": devices.n_accelerators() or 1,
-        "processor": f"{name[1] if name else platform.machine()} ({', '.join(units)})",
-        "n_cores": n_cores(),
-        "n_threads": torch.get_num_threads(),
+        "memory_bytes": devices.memory_bytes(),
+        "processor": processor[1] if processor else platform.machine(),
+        "processor_units": torch.backends.cpu.get_cpu_capability() + (", BF16" if bf16 else ""),
+        "n_cores": cores,
+        "n_threads": threads,
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "file_system": subprocess.getoutput(f"stat -f -c %T '{ROOT}'"),
-        "remarks": _remarks(n_cores(), torch.get_num_threads(), torch.__version__),
-        "system": f"{platform.system()} {platform.machine()}",
+        "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "cuda": torch.version.cuda,
         "commit": None if status else commit,
+        "remarks": [] if threads == cores else [remark],
     }
 
 
-def _remarks(n_cores: int, n_threads: int, torch_version: str) -> list[str]:
-    remarks, [pinned] = [], [r for r in requires("llmlib") if r.startswith("torch==")]
-    if n_threads < n_cores:
-        remarks.append(f"torch uses {n_threads} of {n_cores} cores; is OMP_NUM_THREADS set?")
-    if n_threads > n_cores:
-        remarks.append(f"torch uses {n_threads} threads on {n_cores} cores; set OMP_NUM_THREADS.")
-    if torch_version.split("+")[0] != pinned.removeprefix("torch=="):
-        remarks.append(f"torch is {torch_version}; this project is tested with {pinned}.")
-    return remarks
+class Locked(Exception):
+    """Another process is at work in the folder."""
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Own a folder, or raise ``Locked``; the operating system frees it when its owner dies.
+
+    Where a file system has no locks, a file with host and process takes their place: a dead process
+    on this host loses it, and another host's is named with the command that removes it.
+    """
+    soft, owner = folder / "lock.soft", folder / "lock.owner"
+    options = {"timeout": 1.0, "is_singleton": False}
+    try:
+        try:
+            held = filelock.FileLock(folder / "lock", **options).acquire()
+        except OSError as error:
+            if isinstance(error, filelock.Timeout):
+                raise
+            held = filelock.SoftFileLock(soft, **options).acquire()
+    except filelock.Timeout:
+        name = owner.read_text() if owner.exists() else "another process"
+        remedy = f"wait for it or stop it. If its host is gone: rm {soft}"
+        raise Locked(f"{folder.name} is in use by {name}; {remedy}") from None
+    with held:
+        owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+        owner.unlink(missing_ok=True)
 
 
 class Record:
@@ -109,18 +129,17 @@ class Record:
 
     def __init__(self, path: Path, config: dict[str, Any]):
         self.path = path
-        self.config = json.loads(json.dumps({"format": FORMAT} | config))  # as a reader sees it
+        here = json.loads(json.dumps({"format": FORMAT} | config))  # as a reader sees it
         if (path / "config.json").exists():
-            there, here = read_config(path), self.config
+            there = read_config(path)
             names = sorted((there | here).keys() - {"measured"})
-            both = [(name, _given(there.get(name)), _given(here.get(name))) for name in names]
-            differing = [f"{name}: {a!r} there, {b!r} here" for name, a, b in both if a != b]
-            if differing:
-                _refuse(path, f"was made with another config ({'; '.join(differing):.600})")
+            both = [(name, there.get(name), here.get(name)) for name in names]
+            if differing := [f"{name}: {a!r} there, {b!r} here" for name, a, b in both if a != b]:
+                why = f"was made with another config ({'; '.join(differing):.600})"
+                raise ValueError(f"run {path.name} in {path.parent} {why}; {REMEDY}")
         else:
-            write_json(path / "config.json", self.config)
-        if not (path / "environment.json").exists():
             write_json(path / "environment.json", environment())
+            write_json(path / "config.json", here)
 
     def cached_table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
         """Return the named table, computing it only if the record does not hold it yet."""
@@ -146,61 +165,34 @@ class Record:
         write_atomic(path.with_suffix(".csv"), data.to_csv(index=False))
         return figure
 
-    def finish(self, summary: dict[str, Any]) -> dict[str, Any]:
+    def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary, the last file of a record."""
         write_json(self.path / "summary.json", summary)
-        return summary
-
-
-def _given(value: Any) -> Any:
-    """Drop what is None, so that a setting that is new and not used tells no configs apart."""
-    if isinstance(value, dict):
-        return {name: _given(v) for name, v in value.items() if v is not None}
-    return value
 
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read a record's config; one of another format is refused."""
     config = read_json(path / "config.json")
     if (there := config.get("format", 1)) != FORMAT:
-        _refuse(path, f"has format {there}, this version writes {FORMAT}")
+        why = f"has format {there}, this version writes {FORMAT}"
+        raise ValueError(f"run {path.name} in {path.parent} {why}; {REMEDY}")
     return config
 
 
-def _refuse(path: Path, why: str) -> NoReturn:
-    remedy = "choose another run_name or runs_dir, or delete that folder."
-    raise ValueError(f"run {path.name} in {path.parent} {why}; {remedy}")
-
-
 def runs_folder(scale: str, runs_dir: str | Path = "") -> Path:
-    """Resolve the folder that holds a scale's records; "" is ``runs/local/<scale>``.
-
-    The other folders of ``runs/`` hold committed evidence.
-    """
+    """Resolve the folder that holds a scale's records; "" is ``runs/local/<scale>``."""
     return Path(runs_dir).expanduser().resolve() if runs_dir else ROOT / "runs" / "local" / scale
 
 
-def open_record(
-    name: str, config: dict[str, Any], *, scale: str, runs_dir: str | Path = ""
-) -> Record:
-    """Open or create the record that a notebook writes."""
-    return Record(runs_folder(scale, runs_dir) / name, config)
-
-
-def load_summary(
-    name: str, *, scale: str, runs_dir: str | Path = "", default: dict[str, Any] | None = None
-) -> dict[str, Any]:
+def load_summary(record: Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
     """Read the summary of an earlier notebook's record; without one, the default if there is one."""
-    folder = runs_folder(scale, runs_dir) / name
-    if not (folder / "summary.json").exists():
-        if default is not None:
-            return default
-        raise ValueError(
-            f"run {name} first: there is no finished record at {folder} "
-            f"(python -m llmlib run --scale {scale} --only {name})."
-        )
-    read_config(folder)
-    return read_json(folder / "summary.json")
+    if (record / "summary.json").exists():
+        read_config(record)
+        return read_json(record / "summary.json")
+    if default is None:
+        name, remedy = record.name, f"python -m llmlib run --only {record.name}, at the same scale"
+        raise ValueError(f"run {name} first: {record} is not a finished record ({remedy}).")
+    return default
 
 
 @dataclass(frozen=True)
@@ -226,12 +218,6 @@ def create_run(
 
     ``data`` holds facts about the tokens, for those who read the record.
     """
-    vocab_size = read_json(tokens_dir / "manifest.json")["tokenizer"]["vocab_size"]
-    if vocab_size > model.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {vocab_size} tokens but the model's vocab_size is "
-            f"{model.vocab_size}; give it {-(-vocab_size // 64) * 64} (config.fit_vocabulary does)."
-        )
     config = {"model": to_json(model), "train": to_json(train), "data": data or {}}
     config["tokens_dir"] = os.path.relpath(tokens_dir.resolve(), path.resolve())
     record = Record(path, config | {"measured": {"peak_flops_per_s": peak_flops_per_s}})
@@ -247,10 +233,8 @@ def read_run(path: Path) -> RunConfig:
         tokens_dir = (path / config["tokens_dir"]).resolve()
         return RunConfig(model, train, tokens_dir, config["measured"]["peak_flops_per_s"])
     except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path / 'config.json'} is missing or not a run's config ({error}); "
-            "05_full_run writes one."
-        ) from error
+        why = f"is missing or not a run's config ({error}); 05_full_run writes one."
+        raise ValueError(f"{path / 'config.json'} {why}") from error
 
 
 def read_result(path: Path) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmlib import checkpoint, data, devices, locks, optim, runs, schedule, step
+from llmlib import checkpoint, data, devices, optim, runs, schedule, step
 from llmlib.resume import ResumableRun
 from llmlib.sizing import flops_per_token
 
@@ -294,9 +294,9 @@ def main(arguments: list[str] | None = None) -> int:
     local_rank, must_stop = step.join_processes(), watch_signals(options.watched and step.is_main())
     for run in options.runs:
         try:
-            with locks.lock(run) if step.is_main() else nullcontext():
+            with runs.lock(run) if step.is_main() else nullcontext():
                 status = max(status, train_run(run, must_stop, local_rank))
-        except locks.Locked as error:
+        except runs.Locked as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             status = max(status, 2)
         if status > 128 or (status and step.world_size() > 1):

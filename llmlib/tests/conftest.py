@@ -8,14 +8,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 
+import filelock
 import pytest
 import tiktoken
 
 os.environ["OMP_NUM_THREADS"] = "1"  # at these sizes, threads only wait for each other
 
-from llmlib import runs
+from llmlib import checkpoint, runs
 from llmlib.config import SCALES, ModelConfig, TrainConfig, override
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
@@ -48,12 +50,10 @@ def gpt2(monkeypatch: pytest.MonkeyPatch) -> tiktoken.Encoding:
 @pytest.fixture
 def make_run(tmp_path: Path, smoke_tokens: Path) -> Callable[..., Path]:
     """Return a function that makes a run folder on the smoke tokens, each in its own place."""
-    n_made = 0
+    numbers = count(1)
 
     def make(train: TrainConfig = FP32, model: ModelConfig = SMOKE.model) -> Path:
-        nonlocal n_made
-        n_made += 1
-        run = tmp_path / f"run-{n_made}"
+        run = tmp_path / f"run-{next(numbers)}"
         runs.create_run(run, model, train, smoke_tokens)
         return run
 
@@ -87,20 +87,23 @@ class Training:
 
     def steps(self) -> list[int]:
         """The steps that the run has logged."""
-        if not (self.run / "metrics.jsonl").exists():
-            return []
-        table = runs.read_metrics(self.run, "step")
-        return table.step.tolist() if len(table) else []
+        return runs.read_metrics(self.run, "step").step.tolist()
 
     def workers(self) -> list[int]:
         """The process ids of a job's members, by rank."""
         pid = self.process.pid
         return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
-    def finish(self, timeout: float = 600) -> tuple[int, str]:
+    def finish(self) -> tuple[int, str]:
         """Wait for the end and return exit status and output."""
-        output, _ = self.process.communicate(timeout=timeout)
+        output, _ = self.process.communicate(timeout=600)
         return self.process.returncode, output
+
+
+def newest_checkpoint(run: Path) -> int:
+    """The step of a run's newest valid checkpoint, once its process has left."""
+    with filelock.FileLock(run / "lock", is_singleton=False):
+        return int(checkpoint.newest_valid(run / "checkpoints").name)
 
 
 @pytest.fixture
@@ -122,9 +125,7 @@ def start_training() -> Iterator[Callable[..., Training]]:
 
 
 @pytest.fixture(scope="session")
-def smoke_records(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[Path, subprocess.CompletedProcess]:
+def smoke_records(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     """All notebooks at smoke scale, executed once from a directory that is not the repository."""
     folder = tmp_path_factory.mktemp("records")
     command = [sys.executable, "-m", "llmlib", "run", "--scale", "smoke", "--runs-dir", str(folder)]

@@ -1,16 +1,14 @@
 """The notebooks as a person meets them: JupyterLab in a browser, every cell of every notebook."""
 
 import os
-import secrets
 import shutil
-import socket
 import subprocess
 import sys
 import time
-import urllib.request
 
 import nbformat
 import pytest
+from jupyter_server.serverapp import list_running_servers
 
 from llmlib import __main__ as workbook
 
@@ -39,7 +37,7 @@ def folder(tmp_path_factory, smoke_records):
     folder = tmp_path_factory.mktemp("jupyterlab")
     shutil.copytree(smoke_records[0], folder / "runs")
     shutil.rmtree(folder / "runs" / "05_full_run")
-    for stem in workbook.select(None):
+    for stem in workbook.select(""):
         notebook = nbformat.read(workbook.NOTEBOOKS / f"{stem}.ipynb", as_version=4)
         [parameters] = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
         parameters.source += f'\nscale, runs_dir = "smoke", {str(folder / "runs")!r}'
@@ -50,15 +48,9 @@ def folder(tmp_path_factory, smoke_records):
 @pytest.fixture(scope="module")
 def lab(folder):
     """The address of a running JupyterLab with fresh settings, with %s for a notebook."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    token = secrets.token_hex(16)
     options = {
         "ServerApp.root_dir": folder,
-        "ServerApp.port": port,
-        "ServerApp.port_retries": 0,
-        "IdentityProvider.token": token,
+        "ServerApp.port": 0,  # any that is free
         "LabApp.expose_app_in_browser": True,
         "LabApp.news_url": None,
         "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate",
@@ -68,24 +60,14 @@ def lab(folder):
     places = {f"JUPYTER_{kind}_DIR": str(folder / kind) for kind in ("CONFIG", "RUNTIME")}
     with open(folder / "lab.log", "w") as log:
         server = subprocess.Popen(command, env=os.environ | places, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{port}"
     try:
-        wait_until_it_answers(f"{address}/api?token={token}", server, folder / "lab.log")
-        yield f"{address}/lab/tree/%s.ipynb?reset&token={token}"
+        while not (running := list(list_running_servers(folder / "RUNTIME"))):
+            assert server.poll() is None, (folder / "lab.log").read_text()
+            time.sleep(0.2)
+        yield f"{running[0]['url']}lab/tree/%s.ipynb?reset&token={running[0]['token']}"
     finally:
         server.terminate()
         server.wait()
-
-
-def wait_until_it_answers(address, server, log):
-    deadline = time.monotonic() + PATIENCE
-    while True:
-        assert server.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        try:
-            return urllib.request.urlopen(address, timeout=PATIENCE)
-        except OSError:
-            time.sleep(0.2)
 
 
 @pytest.fixture(scope="module")
@@ -93,35 +75,28 @@ def browser():
     webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+    size = "--window-size=1400,9000"  # whole notebooks: what is out of sight is not drawn
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", size):
         options.add_argument(argument)
-    options.add_argument(
-        "--window-size=1400,9000"
-    )  # whole notebooks: what is out of sight is not drawn
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
     yield driver
     driver.quit()
 
 
-@pytest.mark.parametrize("stem", workbook.select(None))  # in order: each reads earlier records
+@pytest.mark.parametrize("stem", workbook.select(""))  # in order: each reads earlier records
 def test_every_cell_runs_in_jupyterlab(lab, folder, browser, stem):
     from selenium.webdriver.support.wait import WebDriverWait
 
     browser.get(lab % stem)
     patience = WebDriverWait(browser, PATIENCE)
-    patience.until(
-        lambda page: page.execute_script(
-            "return window.jupyterapp?.shell.currentWidget?.context?.path === arguments[0]",
-            f"{stem}.ipynb",
-        ),
-    )
+    is_open = "return window.jupyterapp?.shell.currentWidget?.context?.path === arguments[0]"
+    patience.until(lambda page: page.execute_script(is_open, f"{stem}.ipynb"))
     browser.execute_script(RUN_AND_SAVE)
     assert patience.until(lambda page: page.execute_script("return window.outcome")) == "saved"
     notebook = nbformat.read(folder / f"{stem}.ipynb", as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     n_panels = sum("_panel(" in cell.source for cell in cells)
     patience.until(lambda page: len(page.find_elements("css selector", PANEL)) == n_panels)
-    browser.save_screenshot(folder / f"{stem}.png")
     assert all(cell.execution_count for cell in cells)
     outputs = [output for cell in cells for output in cell.outputs]
     errors = [output for output in outputs if output.output_type == "error"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmlib import corpus, data, locks, prepare, runs
+from llmlib import corpus, data, prepare, runs
 from llmlib.config import DataConfig, to_json
 from llmlib.tests.hub_server import parquet, texts, write, write_corpus
 from llmlib.tokenizer import load_tokenizer
@@ -187,7 +187,7 @@ def test_damaged_file_is_named_and_alone_rebuilt(pajama, prepared, tmp_path, nam
 def test_other_config_and_a_second_process_are_refused(pajama, prepared, tmp_path):
     with pytest.raises(ValueError, match="bpe_vocab_size: 300 there, 301 here"):
         prepare.prepare(_config(pajama, bpe_vocab_size=301), prepared)
-    with locks.lock(tmp_path), pytest.raises(locks.Locked):
+    with runs.lock(tmp_path), pytest.raises(runs.Locked):
         prepare.prepare(_config(pajama), tmp_path)
 
 

@@ -5,33 +5,27 @@ import subprocess
 import sys
 
 import filelock
-import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
+import torch
 
-from llmlib import locks, runs
-from llmlib.config import SCALES
-
-SMOKE = SCALES["smoke"]
+from llmlib import runs
+from llmlib.tests.conftest import SMOKE
 
 
 def test_record_claims_its_config_and_refuses_another_one_or_format(tmp_path):
+    path = tmp_path / "a"
     about = {"lr": 0.1, "betas": (0.9, 0.95), "data": {"a": 1}, "measured": {"peak": 1.0}}
-    record = runs.open_record("a", about, scale="smoke", runs_dir=tmp_path)
-    before = (record.path / "config.json").read_bytes()
-    runs.open_record("a", about | {"measured": {"peak": 2.0}}, scale="smoke", runs_dir=tmp_path)
+    runs.Record(path, about)
+    before = (path / "config.json").read_bytes()
+    runs.Record(path, about | {"measured": {"peak": 2.0}})
     for other, shown in ({"lr": 0.2}, "lr: 0.1 there, 0.2 here"), ({"x": 1}, "x: None there"):
         with pytest.raises(ValueError, match=rf"run a in .*{shown}.*choose another run_name"):
-            runs.open_record("a", about | other, scale="smoke", runs_dir=tmp_path)
-    unused = about | {"data": {"a": 1, "new": None}}
-    runs.open_record("a", unused, scale="smoke", runs_dir=tmp_path)
-    assert (record.path / "config.json").read_bytes() == before
-    (record.path / "config.json").write_text('{"lr": 0.1}')
+            runs.Record(path, about | other)
+    assert (path / "config.json").read_bytes() == before
+    (path / "config.json").write_text('{"lr": 0.1}')
     with pytest.raises(ValueError, match=r"run a in .* has format 1, this version writes 2"):
-        runs.open_record("a", about, scale="smoke", runs_dir=tmp_path)
-    environment = runs.read_json(record.path / "environment.json")
-    facts = {"torch", "python", "device", "commit", "n_cores", "n_threads", "file_system"}
-    assert facts <= environment.keys() and environment["ram_bytes"] > 2**28
+        runs.Record(path, about)
 
 
 def test_cores_are_those_of_the_containers_quota(tmp_path, monkeypatch):
@@ -42,15 +36,17 @@ def test_cores_are_those_of_the_containers_quota(tmp_path, monkeypatch):
         assert runs.n_cores(tmp_path / "cpu.max") == n
 
 
-def test_remarks_name_what_makes_a_measurement_wrong():
-    [pinned] = [r for r in runs.requires("llmlib") if r.startswith("torch==")]
-    version = pinned.removeprefix("torch==")
-    assert runs._remarks(8, 8, f"{version}+cpu") == []
-    assert "1 of 8 cores" in runs._remarks(8, 1, version)[0]
-    assert "64 threads on 2 cores" in runs._remarks(2, 64, version)[0]
-    assert (
-        f"torch is 2.1.0; this project is tested with {pinned}" in runs._remarks(2, 2, "2.1.0")[0]
-    )
+def test_environment_has_facts_and_remarks_on_what_makes_a_measurement_wrong(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    for n_cores, remarks in (
+        (3, []),
+        (64, ["torch uses 3 threads on 64 cores; see OMP_NUM_THREADS."]),
+    ):
+        monkeypatch.setattr(runs, "n_cores", lambda n=n_cores: n)
+        found = runs.environment()
+        assert (found["n_cores"], found["n_threads"], found["remarks"]) == (n_cores, 3, remarks)
+    assert {"device", "processor", "commit", "file_system", "torch"} <= found.keys()
+    assert found["ram_bytes"] > 2**28
 
 
 def test_tables_and_values_are_computed_once_and_failures_leave_nothing_behind(tmp_path):
@@ -62,11 +58,6 @@ def test_tables_and_values_are_computed_once_and_failures_leave_nothing_behind(t
     assert record.cached_table("t", lambda: pytest.fail("computed again")).equals(table)
     assert record.cached_json("v", lambda: {"peak": 1.0}) == {"peak": 1.0}
     assert record.cached_json("v", lambda: pytest.fail("computed again")) == {"peak": 1.0}
-
-
-def test_missing_earlier_record_says_what_to_run(tmp_path):
-    with pytest.raises(ValueError, match=r"run 01_data_prep first: .*--only 01_data_prep"):
-        runs.load_summary("01_data_prep", scale="smoke", runs_dir=tmp_path)
 
 
 def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatch):
@@ -82,16 +73,6 @@ def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatc
     assert runs.read_json(path) == {"a": 1}
 
 
-def test_figures_come_with_the_data_they_show(tmp_path):
-    figure, axes = plt.subplots()
-    axes.plot([1, 2])
-    record = runs.Record(tmp_path, {})
-    assert record.figure("f", figure, pd.DataFrame({"x": [1, 2]})) is figure
-    plt.close(figure)
-    names = {path.name for path in (tmp_path / "figures").iterdir()}
-    assert names == {"f.png", "f.svg", "f.csv"}
-
-
 def test_run_is_what_was_asked_and_finds_its_tokens_after_a_move(tmp_path, smoke_tokens):
     tokens, run = tmp_path / "a" / "tokens", tmp_path / "a" / "run"
     tokens.mkdir(parents=True)
@@ -104,14 +85,6 @@ def test_run_is_what_was_asked_and_finds_its_tokens_after_a_move(tmp_path, smoke
     assert (about.model, about.train, about.peak_flops_per_s) == (SMOKE.model, SMOKE.train, 1e12)
     assert about.tokens_dir == tmp_path / "b" / "tokens"
     assert (tmp_path / "b" / "run" / "tokenizer.json").exists()
-
-
-def test_vocabulary_that_does_not_fit_the_model_is_refused(tmp_path):
-    runs.write_json(tmp_path / "manifest.json", {"tokenizer": {"vocab_size": 1000}})
-    with pytest.raises(
-        ValueError, match=r"1000 tokens but the model's vocab_size is 512; give it 1024"
-    ):
-        runs.create_run(tmp_path / "run", SMOKE.model, SMOKE.train, tmp_path)
 
 
 def test_metrics_are_told_apart_by_kind_and_forgotten_when_a_run_goes_back(tmp_path):
@@ -142,18 +115,29 @@ def test_tensorboard_gets_a_copy_in_which_a_run_that_went_back_has_every_step_on
     assert found == [(n, 9.0) for n in (1, 2, 3)] + [(n, 1.0) for n in range(4, 9)]
 
 
-def test_lock_names_its_owner_and_dies_with_it(tmp_path):
-    code = "import sys, time; from pathlib import Path; from llmlib import locks\n"
-    code += "with locks.lock(Path(sys.argv[1])): print('mine', flush=True); time.sleep(600)"
-    owner = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE)
-    assert owner.stdout.readline() == b"mine\n"
-    name = f"process {owner.pid} on {socket.gethostname()}"
-    assert locks.lock_owner(tmp_path) == name
-    with pytest.raises(locks.Locked, match=f"in use by {name}"), locks.lock(tmp_path):
+OWNER = """
+import sys, time
+from pathlib import Path
+from llmlib import runs
+with runs.lock(Path(sys.argv[1])):
+    print("mine", flush=True)
+    time.sleep(600)
+"""
+
+
+def assert_locked(folder, words):
+    with pytest.raises(runs.Locked, match=words), runs.lock(folder):
         pass
+
+
+def test_lock_names_its_owner_and_dies_with_it(tmp_path):
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, tmp_path], stdout=subprocess.PIPE)
+    assert owner.stdout.readline() == b"mine\n"
+    assert_locked(tmp_path, f"in use by process {owner.pid} on {socket.gethostname()}")
     owner.kill()
     owner.wait()
-    assert locks.lock_owner(tmp_path) is None
+    with runs.lock(tmp_path):
+        pass
 
 
 class NoLocks(filelock.FileLock):
@@ -165,14 +149,12 @@ class NoLocks(filelock.FileLock):
 
 
 def test_without_locks_a_file_with_host_and_process_takes_their_place(tmp_path, monkeypatch):
-    monkeypatch.setattr(locks.filelock, "FileLock", NoLocks)
-    remedy = rf"rm {tmp_path / 'lock.soft'}"
-    with locks.lock(tmp_path):
-        assert locks.lock_owner(tmp_path) == f"process {os.getpid()} on {socket.gethostname()}"
-        with pytest.raises(locks.Locked, match=remedy), locks.lock(tmp_path):
-            pass
+    monkeypatch.setattr(runs.filelock, "FileLock", NoLocks)
+    with runs.lock(tmp_path):
+        name = f"process {os.getpid()} on {socket.gethostname()}"
+        assert_locked(tmp_path, rf"{name}; .* rm {tmp_path / 'lock.soft'}")
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     (tmp_path / "lock.soft").write_text(f"{dead.pid}\n{socket.gethostname()}\n")
-    with locks.lock(tmp_path):
+    with runs.lock(tmp_path):
         pass
