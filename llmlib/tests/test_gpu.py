@@ -14,7 +14,7 @@ from llmlib.devices import compile_model
 from llmlib.model import build_model
 from llmlib.optim import build_optimizer
 from llmlib.step import train_step
-from llmlib.train import Stopped, Trainer
+from llmlib.trainer import Stopped, Trainer
 
 pytestmark = [
     pytest.mark.gpu,

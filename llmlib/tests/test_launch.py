@@ -81,7 +81,7 @@ def test_interrupting_the_cell_saves_the_run_first(make_run):
     with pytest.raises(KeyboardInterrupt):
         launch.run_training(run)
     assert locks.lock_owner(run) is None
-    newest = int(checkpoint.newest_valid(run / "checkpoints").name)
+    newest = int(checkpoint.newest_valid(run / "checkpoints").stem)
     assert newest == runs.read_metrics(run, "step").step.max()
     assert "the watching process is gone: saved and stopped" in launch.log_tail(run)
 

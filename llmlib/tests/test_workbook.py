@@ -344,7 +344,7 @@ def test_an_interrupted_workbook_has_saved_and_goes_on_where_it_stopped(tmp_path
         while locks.lock_owner(record):
             time.sleep(0.1)
         seen = newest_step(record)
-        assert int(checkpoint.newest_valid(record / "checkpoints").name) == seen
+        assert int(checkpoint.newest_valid(record / "checkpoints").stem) == seen
     steps = runs.read_metrics(record, "step").step.tolist()
     assert steps == list(range(1, seen + 1))
     assert "went back to step" in (record / "train.log").read_text()
