@@ -46,8 +46,8 @@ def train_run(run: Path, must_stop: Question) -> int:
     except Stopped as stopped:
         print(stopped, flush=True)
         return STOPPED
-    except locks.Locked as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)  # the log is the other's
+    except locks.Locked as error:  # the log is the other's
+        print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except ValueError as error:
         text, status = f"error: {error}", 2

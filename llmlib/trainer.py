@@ -51,25 +51,26 @@ class Trainer:
     """A run that trains until its budget is spent; before every step it asks ``must_stop``."""
 
     def __init__(self, path: Path, *, must_stop: Question = lambda: None):
-        self.path, self.about, self.must_stop = path, runs.read_run(path), must_stop
-        self.config, n = self.about.train, step.world_size()
-        if self.config.n_sequences % n:
+        self.path, self.must_stop = path, must_stop
+        self.about = about = runs.read_run(path)
+        self.config = config = about.train
+        if config.n_sequences % (n := step.world_size()):
             raise ValueError(
-                f"a step's {self.config.n_sequences} sequences do not divide among {n} processes; "
-                "change micro_batch or grad_accum."
+                f"a step's {config.n_sequences} sequences do not divide among {n} processes; change "
+                "micro_batch or grad_accum."
             )
-        self.device = devices.pick_device(needed=self.config.needs_accelerator)
-        self.dtype = devices.compute_dtype(self.device, self.config.dtype)
-        where = self.about.tokens_dir, "val", self.about.model.seq_len
-        self.windows = data.eval_windows(*where, self.config.eval_windows)
-        start = {"seed": self.config.seed, "zero_init": self.config.zero_init}
-        self.model = build_model(self.about.model, **start).to(self.device)
-        self.optimizer = build_optimizer(self.model, self.config, self.dtype)
-        self.tokens_per_step = self.config.n_sequences * self.about.model.seq_len
-        self.budget = Budget(self.config, self.tokens_per_step)
-        self.state = TrainState(self.config.micro_batch)
+        self.tokens_per_step = config.n_sequences * about.model.seq_len
+        self.budget = Budget(config, self.tokens_per_step)
+        self.split = about.tokens_dir, "val", about.model.seq_len  # of the validation windows
+        self.windows = data.eval_windows(*self.split, config.eval_windows)
+        self.device = devices.pick_device(needed=config.needs_accelerator)
+        self.dtype = devices.compute_dtype(self.device, config.dtype)
+        model = build_model(about.model, seed=config.seed, zero_init=config.zero_init)
+        self.model = model.to(self.device)
+        self.optimizer = build_optimizer(self.model, config, self.dtype)
+        self.state = TrainState(config.micro_batch)
         self.saver = checkpoint.Saver(path / "checkpoints")
-        self.log = runs.MetricLog(path, self.config.tracker)
+        self.log = runs.MetricLog(path, config.tracker)
         self.is_warm = False  # the first step has been taken, and has compiled
         self.n_bad_in_a_row = 0
 
@@ -79,10 +80,10 @@ class Trainer:
         """Train until the budget is spent and return the result."""
         self._begin_or_resume()
         self.fast_model = self._compile()
-        tokens, share = data.open_split(self.about.tokens_dir, "train"), self.config.n_sequences
-        batches = data.Batches(tokens, self.about.model.seq_len, share, seed=self.config.seed)
-        place = {"rank": step.rank(), "world_size": step.world_size()}
-        batches = data.prefetch(batches, self.state.data_step, self.device, **place)
+        tokens, n = data.open_split(self.about.tokens_dir, "train"), self.config.n_sequences
+        batches = data.Batches(tokens, self.about.model.seq_len, n, seed=self.config.seed)
+        share = {"rank": step.rank(), "world_size": step.world_size()}
+        batches = data.prefetch(batches, self.state.data_step, self.device, **share)
         self.budget.start()
         while (progress := self._next_progress()) is not None:
             before = self.state.progress
@@ -188,9 +189,11 @@ class Trainer:
 
     def _save_if_due(self) -> None:
         """Save at fixed times, or as soon after as it fits; a save that failed costs no more."""
-        so_far = self.budget.seconds["checkpoint"]
-        is_due = self.budget.total >= self.save_at and self.budget.fits("checkpoint", so_far)
-        if is_due and (failure := self._save()):
+        seconds = (
+            self.budget.seconds
+        )  # after a restart, the time of the last save is among the lost
+        fits = self.budget.fits("checkpoint", seconds["checkpoint"] + seconds["lost"])
+        if self.budget.total >= self.save_at and fits and (failure := self._save()):
             self.event(failure)
 
     def _finish(self) -> dict[str, Any]:
@@ -204,15 +207,14 @@ class Trainer:
                 self.state.is_over = True
                 if failure := self._save(waits=True):
                     self.event(failure)
-            windows = self.windows
-            if self.config.eval_all:
-                windows = data.eval_windows(self.about.tokens_dir, "val", self.about.model.seq_len)
+            windows = data.eval_windows(*self.split) if self.config.eval_all else self.windows
             final = step.evaluate(self.model, windows, self.device, self.dtype)
             result = self._summary() | {"val": final, "val_sha256": data.sha256(windows)}
             if self.config.keep_weights:
                 save_file(self.model.state_dict(), self.path / "model.safetensors")
-            os.sync()  # before result.json says that all is done
-            runs.write_json(self.path / "result.json", result)
+                with open(self.path / "model.safetensors", "rb") as file:
+                    os.fsync(file.fileno())
+            runs.write_json(self.path / "result.json", result)  # it means done
             for name in ("checkpoints", "compiled"):  # for resumes only
                 shutil.rmtree(self.path / name, ignore_errors=True)
         step.broadcast(0.0)
@@ -247,14 +249,13 @@ class Trainer:
         self.save_at = self.budget.total + 60 * self.config.checkpoint_minutes
 
     def _logged_seconds(self) -> float:
-        """Read from the last row what was spent; a phase that it opened lasted to the last write."""
+        """Read what was spent by the last row; what was begun then lasted at least to the last write."""
         rows = runs.read_metrics(self.path, last=True)
-        return 0.0 if rows.empty else float(rows.seconds.iloc[-1]) + self._open_seconds()
-
-    def _open_seconds(self) -> float:
-        logged = self.log.path.stat().st_mtime
-        files = [*self.saver.folder.rglob("*"), *(self.path / "compiled").rglob("*")]
-        return max(0.0, *(path.stat().st_mtime - logged for path in files))
+        if rows.empty:
+            return 0.0
+        files = [self.log.path, *self.saver.folder.rglob("*"), *(self.path / "compiled").rglob("*")]
+        written = [path.stat().st_mtime for path in files]
+        return float(rows.seconds.iloc[-1]) + max(written) - written[0]
 
     def _go_on_from(self, path: Path, spent: float | None, **kept: Any) -> None:
         """Load a checkpoint, but for what is ``kept`` of the state; what was spent since is lost."""

@@ -226,13 +226,14 @@ class Simulated:
 
         real_pack = checkpoint.pack
         monkeypatch.setattr(budget, "monotonic", lambda: self.now)
-        monkeypatch.setattr(Trainer, "_open_seconds", lambda _: 0.0)
         monkeypatch.setattr(step, "train_step", take)
         monkeypatch.setattr(step, "evaluate", validate)
         monkeypatch.setattr(checkpoint, "pack", pack)
 
-    def restart(self, compiling):
+    def restart(self, run, compiling):
         """A new process: compilation comes first again, and the pause does not count."""
+        for path in run.rglob("*"):  # written by another clock
+            os.utime(path, (0, 0))
         self.is_warm, self.compiling = False, compiling
         self.now += 5000.0
 
@@ -303,7 +304,7 @@ def test_resumed_clock_counts_lost_work_but_not_the_pause(run, trainer, monkeypa
     first.saver.wait()
     saved = int(checkpoint.newest_valid(run / "checkpoints").stem)
     assert 0 < saved < 40
-    clock.restart(10.0)
+    clock.restart(run, 10.0)
     result = trainer(hours(100, n_evals=1)).run()
     seconds = result["seconds"]
     assert seconds["lost"] == 40 - saved
@@ -324,7 +325,7 @@ def test_run_resumed_near_its_deadline_compiles_only_if_that_fits(
     stop_after(trainer(hours(100, n_evals=1)), stop_at)
     if not is_cached:
         shutil.rmtree(run / "compiled")
-    clock.restart((3.0 if is_cached else 10.0) if compiles else 0.0)
+    clock.restart(run, (3.0 if is_cached else 10.0) if compiles else 0.0)
     result = trainer(hours(100, n_evals=1)).run()
     assert result["is_compiled"] is compiles
     assert 97 <= sum(result["seconds"].values()) <= 100
@@ -340,15 +341,6 @@ def test_open_phase_counts_up_to_the_last_write(run, trainer):
     for path in (run / "compiled", run / "compiled" / "graph"):
         os.utime(path, (1060, 1060))
     assert trainer(SHORT)._logged_seconds() == pytest.approx(table(run).seconds.iloc[-1] + 60)
-
-
-def test_real_run_ends_by_its_deadline(run, trainer):
-    result = trainer(hours(2, n_evals=4, compile=False)).run()
-    last = table(run).iloc[-1]
-    assert last.progress == 1.0
-    assert last.lr == pytest.approx(0.1 * FP32.lr)
-    assert sum(result["seconds"].values()) == pytest.approx(last.seconds, abs=1e-3)
-    assert last.seconds <= 2 + table(run).seconds.diff().max()
 
 
 # ------------------------------------------------------------------ trouble
@@ -459,15 +451,6 @@ def test_full_disk_costs_checkpoints_and_not_the_run(run, trainer, undisturbed):
     assert result["n_steps"] == 60
     ours, theirs = (load_file(r / "model.safetensors") for r in (run, undisturbed))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-def test_parameter_that_no_gradient_reaches_stops_the_run(trainer):
-    run = trainer(FP32)
-    attention = run.model.layers[1].self_attn
-    forward = attention.forward
-    attention.forward = lambda *inputs: forward(*inputs).detach()
-    with pytest.raises(AssertionError, match=r"layers\.1\.self_attn\.q_proj\.weight"):
-        run.run()
 
 
 # ------------------------------------------------------------------ golden
