@@ -10,15 +10,14 @@ import os
 import re
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 
-@dataclass(frozen=True)
-class Abilities:
+class Abilities(NamedTuple):
     """What devices of a type can do."""
 
     has_bf16: Callable[[torch.device], bool]  # units that multiply in it
@@ -36,12 +35,11 @@ ABILITIES = {  # xpu and mps by torch's documentation, untested
         pins_memory=False,
     ),
 }
-DRIVERS = {"11": 450, "12": 525, "13": 580}  # the oldest for a CUDA (NVIDIA, CUDA Compatibility)
 REMEDY = (  # builds of the same version, by the support matrix in PyTorch's RELEASE.md
     f"Install another build: pip install torch=={torch.__version__.split('+')[0]} --index-url "
-    "https://download.pytorch.org/whl/cu126 (drivers from 525 on, cards from Maxwell to Hopper) or "
-    ".../whl/cu130 (drivers from 580 on, cards from Turing on). To train on the CPU, far more "
-    "slowly: -p allow_cpu True, and CUDA_VISIBLE_DEVICES='' to hide a card."
+    "https://download.pytorch.org/whl/cu126 (drivers from 525 on, Maxwell to Hopper) or .../whl/cu130 "
+    "(from 580 on, Turing and later). To train on the CPU, far more slowly: -p allow_cpu True, and "
+    "CUDA_VISIBLE_DEVICES='' to hide a card."
 )
 USUAL_CACHE = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
 
@@ -70,18 +68,21 @@ def memory_bytes() -> int | None:
     return properties().total_memory if properties else None
 
 
-def pick_device(local_rank: int = 0, *, needed: bool = False) -> torch.device:
-    """Use the accelerator where there is one, else the CPU.
+def pick_device(*, needed: bool = False) -> torch.device:
+    """Use this process's accelerator where there is one, else the CPU.
 
-    Raises ``ValueError`` where one is needed and missing, and where torch has no kernels for it.
+    Raises ``ValueError`` where one is needed and missing, and where it is too old for this torch.
     """
     kind = accelerator()
-    if kind is None and needed:
-        raise ValueError(_what_is_missing())
-    device = torch.device(kind.type, local_rank) if kind else torch.device("cpu")
-    if device.type == "cuda":
+    if kind is None:
+        if needed:
+            raise ValueError(_what_is_missing())
+        return torch.device("cpu")
+    device = torch.device(kind.type, torch.accelerator.current_device_index())
+    if kind.type == "cuda":
         card, built = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
-        if not has_kernels(card, built):
+        codes = re.findall(r"(?:sm|compute)_(\d+)(\d)", " ".join(built))  # none for ROCm
+        if codes and card < min((int(major), int(minor)) for major, minor in codes):
             raise ValueError(
                 f"{device_name()} has capability {card[0]}.{card[1]}, and torch {torch.__version__} "
                 f"has kernels for {' '.join(built)} only. {REMEDY}"
@@ -89,28 +90,15 @@ def pick_device(local_rank: int = 0, *, needed: bool = False) -> torch.device:
     return device
 
 
-def has_kernels(card: tuple[int, int], built: list[str]) -> bool:
-    """Say whether a build has code for a card: PTX serves all newer ones, other code its major.
-
-    Names that are not CUDA's, such as ROCm's, are taken as they are.
-    """
-    codes = re.findall(r"(sm|compute)_(\d+)(\d)", " ".join(built))
-    return not codes or any(
-        (int(major), int(minor)) <= card and (kind == "compute" or int(major) == card[0])
-        for kind, major, minor in codes
-    )
-
-
 def _what_is_missing() -> str:
-    """Say what torch was built for, what the machine has, and which builds there are."""
-    cuda, query = torch.version.cuda or "", "--query-gpu=name,driver_version --format=csv,noheader"
-    driver = f"needs an NVIDIA driver from {DRIVERS.get(cuda[:2], 580)} on"
-    built = f"CUDA {cuda}, which {driver}" if cuda else "other hardware than NVIDIA's"
+    cuda, query = torch.version.cuda, "--query-gpu=name,driver_version --format=csv,noheader"
+    driver = 525 if str(cuda).startswith("12") else 580  # NVIDIA, "CUDA Compatibility"
+    needs = f"CUDA {cuda}, which needs an NVIDIA driver from {driver} on" if cuda else "no CUDA"
     status, found = subprocess.getstatusoutput(f"nvidia-smi {query}")
     here = "no driver, or no NVIDIA GPU" if status else "; ".join(found.splitlines())
     return (
-        f"this needs an accelerator, and torch {torch.__version__} (ROCm: {torch.version.hip}) finds "
-        f"none it can drive. It is built for {built}; nvidia-smi finds {here}. {REMEDY}"
+        f"this needs an accelerator, and torch {torch.__version__}, built for {needs}, finds none "
+        f"it can drive; nvidia-smi finds {here}. {REMEDY}"
     )
 
 
@@ -151,9 +139,8 @@ def empty_cache() -> None:
 
 def compile_model(model: nn.Module, device: torch.device) -> nn.Module:
     """Compile without graph breaks, where the type of device can; the first step does the work."""
-    if not ABILITIES[device.type].compiles:
-        return model
-    return torch.compile(model, fullgraph=True, dynamic=False)
+    compiles = ABILITIES[device.type].compiles
+    return torch.compile(model, fullgraph=True, dynamic=False) if compiles else model
 
 
 def why_uncompiled(error: Exception) -> str:

@@ -22,25 +22,17 @@ EVAL_BATCH = 4  # windows; the logits of one at a time are in memory
 # ------------------------------------------------------------------------- processes
 
 
-def join_processes() -> int:
-    """Join the job that torchrun started, if it did; return the rank on this machine."""
+def join_processes() -> None:
+    """Join the job that torchrun started, if it did, with an accelerator for each process."""
     if not dist.is_torchelastic_launched():
-        return 0
-    local_rank, backend = int(os.environ["LOCAL_RANK"]), "gloo"
-    if kind := devices.accelerator():
-        torch.accelerator.set_device_index(local_rank)
-        backend = f"cpu:gloo,{kind.type}:{dist.get_default_backend_for_device(kind)}"
+        return
+    if devices.accelerator():
+        torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     store, rank, size = next(dist.rendezvous("env://"))
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # It outlives a restart and remembers where the dead could be reached (pytorch #135712).
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    return local_rank
-
-
-def leave_processes() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    dist.init_process_group(store=store, rank=rank, world_size=size)
 
 
 def rank() -> int:
@@ -112,7 +104,7 @@ def train_step(
     if grad_clip is not None:
         nn.utils.clip_grads_with_norm_(params.values(), grad_clip, norm)
     is_bad = ~torch.isfinite(norm + total)
-    for p in params.values():
+    for p in params.values():  # no product of lists turns what is not finite into zero
         p.grad.masked_fill_(is_bad, 0.0)
     optimizer.step()
     return torch.stack([total, norm])
@@ -136,9 +128,5 @@ def evaluate(
                 loss = F.cross_entropy(logits, targets, reduction="sum")
                 scores.append(torch.stack([loss, n_correct.float()]))
     loss, n_correct = np.sum(torch.stack(scores).tolist(), axis=0).tolist()
-    return {
-        "loss": loss / n_tokens,
-        "perplexity": float(np.exp(loss / n_tokens)),
-        "accuracy": n_correct / n_tokens,
-        "n_tokens": n_tokens,
-    }
+    result = {"loss": loss / n_tokens, "perplexity": float(np.exp(loss / n_tokens))}
+    return result | {"accuracy": n_correct / n_tokens, "n_tokens": n_tokens}

@@ -103,7 +103,7 @@ class Training:
 def newest_checkpoint(run: Path) -> int:
     """The step of a run's newest valid checkpoint, once its process has left."""
     with filelock.FileLock(run / "lock", is_singleton=False):
-        return int(checkpoint.newest_valid(run / "checkpoints").name)
+        return int(checkpoint.newest_valid(run / "checkpoints").stem)
 
 
 @pytest.fixture

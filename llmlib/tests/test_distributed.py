@@ -8,7 +8,7 @@ import pytest
 from llmlib import checkpoint, runs
 from llmlib.config import llama_config, override
 from llmlib.tests.conftest import FP32, SMOKE
-from llmlib.train import Stopped, Trainer
+from llmlib.trainer import Stopped, Trainer
 
 JOB = ("--nproc-per-node", "2")
 SHORT = override(FP32, micro_batch=4, grad_accum=4, n_evals=1)
@@ -64,7 +64,7 @@ def test_killed_process_ends_the_job_and_its_checkpoint_serves_other_numbers_of_
     assert "error: process 0 of 2 cannot go on" in output
     assert "The last checkpoint is kept: run the same command again to go on." in output
     assert "went back to step 20" in output
-    assert 20 < int(checkpoint.newest_valid(run / "checkpoints").name) <= job.steps()[-1]
+    assert 20 < int(checkpoint.newest_valid(run / "checkpoints").stem) <= job.steps()[-1]
     assert not (run / "result.json").exists()
     Trainer(run).run()  # one again
     assert losses(run) == pytest.approx(losses(alone), rel=1e-4)
@@ -79,7 +79,7 @@ def test_job_that_is_stopped_has_saved(make_run, start_training, how):
         job.process.send_signal(signal.SIGTERM)
     status, output = job.finish()  # closes the pipe
     assert status != 0
-    newest = int(checkpoint.newest_valid(run / "checkpoints").name)
+    newest = int(checkpoint.newest_valid(run / "checkpoints").stem)
     reason = "" if how == "signal" else "the watching process is gone"  # the signal, or the pipe
     assert f"{reason}: saved and stopped at step {newest}." in output
 
