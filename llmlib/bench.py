@@ -13,10 +13,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
-from functools import partial
 from importlib.util import find_spec
 from io import StringIO
-from itertools import chain
+from itertools import chain, repeat
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -60,14 +59,6 @@ class Variant:
     train: TrainConfig
     change: str = ""  # "LayerNorm" or "transformers"
     claim: float | None = None  # how many times as fast ours is by the write-up; 1: just faster
-
-    @property
-    def memory(self) -> int:
-        """Estimated memory of a step [bytes]; transformers' loss forms all logits at once."""
-        all_logits = self.train.micro_batch * self.model.seq_len * self.model.vocab_size
-        return step_memory(self.model, self.train) + 16 * all_logits * (
-            self.change == "transformers"
-        )
 
 
 def variants(model: ModelConfig, train: TrainConfig, scale: str) -> list[Variant]:
@@ -121,18 +112,11 @@ class TimedStep:
         device, train = devices.pick_device(), variant.train
         dtype, model = devices.compute_dtype(device, train.dtype), build_variant(variant).to(device)
         self.model = devices.compile_model(model, device) if train.compile else model
-        self.n_tokens = train.n_sequences * variant.model.seq_len
-        tokens = torch.randint(variant.model.vocab_size, (2, self.n_tokens), device=device)
-        self.step = partial(
-            step.train_step,
-            optimizer=build_optimizer(model, train, dtype),
-            inputs=tokens[0].view(train.n_sequences, -1),
-            targets=tokens[1].view(train.n_sequences, -1),
-            micro_batch=train.micro_batch,
-            lr_factor=1.0,
-            grad_clip=train.grad_clip,
-            dtype=dtype,
+        tokens = torch.randint(
+            variant.model.vocab_size, (2, train.n_sequences, variant.model.seq_len), device=device
         )
+        self.optimizer, self.inputs, self.targets = build_optimizer(model, train, dtype), *tokens
+        self.how = {"micro_batch": train.micro_batch, "grad_clip": train.grad_clip, "dtype": dtype}
         torch.set_float32_matmul_precision("high")
         devices.keep_freed_memory()
         self.note = ""
@@ -145,10 +129,11 @@ class TimedStep:
     def take(self, n_steps: int) -> float:
         """Take steps and return their speed [tokens/s]."""
         started = time.perf_counter()
+        batch = self.optimizer, self.inputs, self.targets
         for _ in range(n_steps):
-            numbers = self.step(self.model)
+            numbers = step.train_step(self.model, *batch, lr_factor=1.0, **self.how)
         numbers.tolist()  # waits for the device
-        return n_steps * self.n_tokens / (time.perf_counter() - started)
+        return n_steps * self.inputs.numel() / (time.perf_counter() - started)
 
 
 def measure(
@@ -161,13 +146,15 @@ def measure(
     is how many times as fast the first variant is, round by round. One that does not run is a row
     with a note. One that by estimate has no memory beside the others has processes of its own.
     """
-    room, together, apart = 0.9 * (runs.environment()["memory_bytes"] or np.inf), [], []
-    for variant in variants:
-        waiting = sum(
-            16 * count_params(v.model) for v in together
-        )  # with gradients and AdamW's state
-        fits = waiting + max(v.memory for v in [*together, variant]) <= room
-        (together if fits or not together else apart).append(variant)
+    memory, together, apart = runs.environment()["memory_bytes"], variants[:1], []
+    for variant in variants[1:]:
+        waiting = sum(16 * count_params(v.model) for v in together)  # gradients, AdamW's state too
+        needed = waiting + max(step_memory(v.model, v.train) for v in [*together, variant])
+        (apart if memory and needed > 0.9 * memory else together).append(variant)
+    if memory is None:  # a CPU: compile on all cores, so that every process finds the graphs
+        with _processes(runs.n_cores()) as pool:
+            compiled = [[variant] for variant in variants if variant.train.compile]
+            list(pool.map(_take_turns, compiled, repeat(0), repeat(0)))
     turns = pd.DataFrame(
         (process, *turn)
         for process in range(n_processes)
@@ -175,19 +162,10 @@ def measure(
         for turn in in_process(_take_turns, group, n_rounds, n_steps)
     ).set_axis(["process", "round", "name", "tokens_per_s", "note"], axis=1)
     speed = turns.pivot(index=["process", "round"], columns="name", values="tokens_per_s")
-    rows = [
-        (
-            v.name,
-            v.claim,
-            count_params(v.model),
-            v.model.n_layer,
-            v.model.d_model,
-            v.train.micro_batch,
-        )
-        for v in variants
-    ]
+    abouts = [vars(v.model) | vars(v.train) | vars(v) for v in variants]
     columns = ["name", "claim", "n_params", "n_layer", "d_model", "micro_batch"]
-    table = pd.DataFrame(rows, columns=columns).set_index("name")
+    table = pd.DataFrame(abouts).assign(n_params=[count_params(v.model) for v in variants])
+    table = table[columns].set_index("name")
     ratio = 1 / speed.div(speed[variants[0].name], axis=0)
     for name, values in {"tokens_per_s": speed, "speed_up": ratio}.items():
         medians = values.groupby("process").median()
@@ -215,10 +193,14 @@ def _take_turns(variants: list[Variant], n_rounds: int, n_steps: int) -> list[tu
 
 def in_process(function: Callable, *arguments: Any) -> Any:
     """Call a function in a process of its own, which takes its memory and settings with it."""
+    with _processes(1) as process:
+        return process.submit(function, *arguments).result()
+
+
+def _processes(n: int) -> ProcessPoolExecutor:
     context = get_context("forkserver")
     context.set_forkserver_preload(["llmlib.bench", "torch._dynamo"])  # imported once for all
-    with ProcessPoolExecutor(1, mp_context=context) as process:
-        return process.submit(function, *arguments).result()
+    return ProcessPoolExecutor(n, mp_context=context)
 
 
 def choose_micro_batch(table: pd.DataFrame) -> int:
@@ -240,7 +222,7 @@ def profile_step(variant: Variant, n_steps: int) -> pd.DataFrame:
     os.environ["KINETO_LOG_LEVEL"] = "99"  # no notes on starting and stopping
     timed = TimedStep(variant)
     with torch.profiler.profile() as profile:
-        wall = timed.n_tokens / timed.take(n_steps)
+        wall = timed.inputs.numel() / timed.take(n_steps)
     where = "device" if devices.accelerator() else "cpu"
     events = pd.DataFrame(
         (event.key.lower(), getattr(event, f"self_{where}_time_total") / 1e6 / n_steps)
