@@ -81,7 +81,9 @@ def test_all_take_turns_in_one_process_as_far_as_memory_goes(monkeypatch, room, 
         met.append(" ".join(v.name for v in variants))
         return [(i, v.name, 1.0, "") for i in range(n_rounds) for v in variants]
 
-    both = (step_memory(MODEL, TRAIN) + 16 * count_params(MODEL)) / 0.89  # one steps, and the other waits
+    both = (
+        step_memory(MODEL, TRAIN) + 16 * count_params(MODEL)
+    ) / 0.89  # one steps, and the other waits
     monkeypatch.setattr(bench, "in_process", turns)
     monkeypatch.setattr(bench.runs, "environment", lambda: {"memory_bytes": room and both})
     table = bench.measure([ours, big, small], n_processes=2, n_rounds=1, n_steps=1)
