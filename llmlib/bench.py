@@ -15,7 +15,7 @@ from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from io import StringIO
-from itertools import chain, repeat
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -151,10 +151,6 @@ def measure(
         waiting = sum(16 * count_params(v.model) for v in together)  # gradients, AdamW's state too
         needed = waiting + max(step_memory(v.model, v.train) for v in [*together, variant])
         (apart if memory and needed > 0.9 * memory else together).append(variant)
-    if memory is None:  # a CPU: compile on all cores, so that every process finds the graphs
-        with _processes(runs.n_cores()) as pool:
-            compiled = [[variant] for variant in variants if variant.train.compile]
-            list(pool.map(_take_turns, compiled, repeat(0), repeat(0)))
     turns = pd.DataFrame(
         (process, *turn)
         for process in range(n_processes)
@@ -193,14 +189,10 @@ def _take_turns(variants: list[Variant], n_rounds: int, n_steps: int) -> list[tu
 
 def in_process(function: Callable, *arguments: Any) -> Any:
     """Call a function in a process of its own, which takes its memory and settings with it."""
-    with _processes(1) as process:
-        return process.submit(function, *arguments).result()
-
-
-def _processes(n: int) -> ProcessPoolExecutor:
     context = get_context("forkserver")
     context.set_forkserver_preload(["llmlib.bench", "torch._dynamo"])  # imported once for all
-    return ProcessPoolExecutor(n, mp_context=context)
+    with ProcessPoolExecutor(1, mp_context=context) as process:
+        return process.submit(function, *arguments).result()
 
 
 def choose_micro_batch(table: pd.DataFrame) -> int:
