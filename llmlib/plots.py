@@ -201,8 +201,8 @@ def training_curve(figure: Figure, curve: pd.DataFrame, final_loss: float | None
     top.plot(steps.seconds, steps.smoothed, label="training, smoothed", **blue)
     top.plot(evals.seconds, evals.val_loss, label="validation", **dashed)
     top.set(ylabel="Loss [nats/token]", title="Loss so far")
-    after = steps.smoothed[len(steps) // 20 :]  # the start would dwarf the rest
-    shown = pd.Series([*after, *evals.val_loss[1:], final_loss], dtype=float)
+    after = steps.smoothed.iloc[len(steps) // 20 :]  # the start would dwarf the rest
+    shown = pd.Series([*after, *evals.val_loss.iloc[1:], final_loss], dtype=float)
     margin = 0.1 * (shown.max() - shown.min())
     if margin > 0:
         top.set_ylim(shown.min() - margin, shown.max() + margin)
