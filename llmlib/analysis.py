@@ -21,7 +21,7 @@ CURVE_COLUMNS = ["kind", "step", *AXES, "loss", "val_loss", "lr", "grad_norm"]
 def find_runs(*folders: Path) -> dict[str, Path]:
     """Find the training runs in the folders, finished or not, without the trials of a study."""
     found = {Path(name).parent: path for name, path in find("**/metrics.jsonl", folders).items()}
-    return {str(name): path.parent for name, path in found.items() if "trials" not in name.parts}
+    return {str(run): path.parent for run, path in found.items() if "trials" not in run.parts}
 
 
 def find(pattern: str, folders: tuple[Path, ...]) -> dict[str, Path]:
@@ -52,19 +52,6 @@ def smooth(curve: pd.DataFrame, share: float) -> pd.DataFrame:
     loss = curve.loss[curve.kind == "step"]
     window = max(1, round(share * len(loss)))
     return curve.assign(smoothed=loss.rolling(window, center=True, min_periods=1).mean())
-
-
-def fit_slope(curve: pd.DataFrame) -> dict[str, float]:
-    """Fit loss against ln(tokens) on the middle of a run, by least squares over its steps.
-
-    Returns the slope [nats per e-fold of tokens] and its standard error; NaN for too short a run.
-    """
-    share = curve.tokens / curve.tokens.max()
-    steps = curve[(curve.kind == "step") & share.between(0.15, 0.7)]
-    if len(steps) < 3:
-        return {"slope": math.nan, "standard_error": math.nan}
-    fit = stats.linregress(np.log(steps.tokens.to_numpy(float)), steps.loss)
-    return {"slope": float(fit.slope), "standard_error": float(fit.stderr)}
 
 
 def paired_difference(ours: ArrayLike, theirs: ArrayLike) -> dict[str, float]:
@@ -120,12 +107,9 @@ def domain_scores(scores: dict[str, dict[str, float]], split: list[dict[str, Any
 
 def domain_comparison(found: dict[str, Path]) -> pd.DataFrame:
     """Put the domain scores of all finished runs below each other; empty if none has any."""
-    rows = []
-    for name, path in found.items():
-        if (path / "summary.json").exists():
-            scores = runs.read_json(path / "summary.json").get("by_domain", [])
-            rows += [{"run": name} | row for row in scores]
-    return pd.DataFrame(rows)
+    done = {name: path / "summary.json" for name, path in found.items()}
+    scores = {n: runs.read_json(p).get("by_domain", []) for n, p in done.items() if p.exists()}
+    return pd.DataFrame({"run": name} | row for name, rows in scores.items() for row in rows)
 
 
 def results_table(found: dict[str, Path]) -> pd.DataFrame:

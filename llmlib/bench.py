@@ -1,20 +1,21 @@
-"""The training step under measurement: against variants of itself, by shape, by micro-batch.
+"""The training step under measurement: against variants of itself and by kind of work.
 
 What is timed is ``step.train_step``, the step of the full run. A variant alters our model or its
-settings; it is never a second copy of the step. A variant and ours live in one process, apart from
-the notebook's, and take turns, so that a machine that drifts is unfair to neither.
+settings; it is never a second copy of the step. Variants take turns in one process, apart from the
+notebook's, so that a machine that drifts is unfair to none.
 """
 
 import gc
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from io import StringIO
+from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,30 +27,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils import benchmark
 
-from llmlib import corpus, data, devices, prepare, runs, step
+from llmlib import analysis, data, devices, prepare, runs, step
 from llmlib.config import DataConfig, ModelConfig, TrainConfig, resize, with_micro_batch
 from llmlib.inference import hf_model
 from llmlib.model import build_model
 from llmlib.optim import build_optimizer
-from llmlib.sizing import count_params, flops_per_token, step_memory
+from llmlib.sizing import count_params, step_memory
 from llmlib.tokenizer import load_tokenizer
 
-SHAPES = {  # (n_layer, d_model): about as many parameters as the model but deeper, then others
-    "smoke": [(2, 32)],
-    "laptop": [(4, 96), (2, 64)],
-    "a100": [(20, 768), (6, 1280), (6, 768), (10, 1536)],
-}
-TURNS = {  # turns of each variant, and timed steps in each
-    "smoke": {"n_rounds": 2, "n_steps": 1},
-    "laptop": {"n_rounds": 5, "n_steps": 2},
-    "a100": {"n_rounds": 5, "n_steps": 2},
+DEEPER = {"smoke": (7, 32), "laptop": (5, 96), "a100": (20, 768)}  # layers and width: N as ours
+TURNS = {  # processes, rounds in each, and timed steps of each variant in a round
+    "smoke": {"n_processes": 2, "n_rounds": 1, "n_steps": 1},
+    "laptop": {"n_processes": 3, "n_rounds": 5, "n_steps": 2},
+    "a100": {"n_processes": 3, "n_rounds": 5, "n_steps": 2},
 }
 SQUARES = {"smoke": 256, "laptop": 2048, "a100": 8192}  # rows of the products that give the peak
 KINDS = {  # of work, by what the names of operators and kernels contain; the first match holds
-    "matrix products": ("::mm", "::addmm", "::bmm", "gemm", "mkl", "cutlass", "nvjet", "xmma"),
-    "attention": ("attention", "flash", "fmha", "sdpa"),
-    "optimizer and clipping": ("adam", "optimizer", "foreach", "multi_tensor", "vector_norm"),
-    "elementwise, norms, loss": ("fused", "triton", "compiled", "aten::", "elementwise", "reduce"),
+    "matrix products": "::mm|::addmm|::bmm|gemm|mkl|cutlass|nvjet|xmma",
+    "attention": "attention|flash|fmha|sdpa",
+    "optimizer and clipping": "adam|optimizer|foreach|multi_tensor|vector_norm",
+    "elementwise, norms, loss": "fused|triton|compiled|aten::|elementwise|reduce",
 }
 
 
@@ -61,8 +58,28 @@ class Variant:
     model: ModelConfig
     train: TrainConfig
     change: str = ""  # "LayerNorm" or "transformers"
-    kind: str = "ablation"  # or "micro-batch" or "shape"
-    claim: float | None = None  # how much faster ours should be, by the write-up
+    claim: float | None = None  # how many times as fast ours is by the write-up; 1: just faster
+
+
+def variants(model: ModelConfig, train: TrainConfig, scale: str) -> list[Variant]:
+    """Our step; with one thing changed; cut into other micro-batches; deeper at equal size."""
+    gpt2 = resize(model, arch="gpt2", n_layer=model.n_layer, d_model=model.d_model)
+    n_layer, d_model = DEEPER[scale]
+    deeper = resize(model, arch=model.arch, n_layer=n_layer, d_model=d_model)
+    found = [
+        Variant("ours", model, train),
+        Variant("not compiled", model, replace(train, compile=False), claim=1.15),
+        Variant("LayerNorm", model, train, "LayerNorm", claim=1.0),
+        Variant(f"deeper: {n_layer} x {d_model}", deeper, train, claim=1.0),
+        Variant("GPT-2", gpt2, train),
+    ]
+    if find_spec("transformers"):
+        found.append(Variant("transformers' Llama", model, train, "transformers"))
+    for size, claim in ((train.micro_batch // 2, 1.10), (2 * train.micro_batch, None)):
+        if size and train.n_sequences % size == 0:
+            cut = with_micro_batch(train, size)
+            found.append(Variant(f"micro-batch {size}", model, cut, claim=claim))
+    return found
 
 
 class TransformersLlama(nn.Module):
@@ -93,13 +110,13 @@ class TimedStep:
 
     def __init__(self, variant: Variant):
         device, train = devices.pick_device(), variant.train
-        self.variant, self.dtype = variant, devices.compute_dtype(device, train.dtype)
-        model = build_variant(variant).to(device)
-        self.optimizer = build_optimizer(model, train, self.dtype)
+        dtype, model = devices.compute_dtype(device, train.dtype), build_variant(variant).to(device)
         self.model = devices.compile_model(model, device) if train.compile else model
-        shape = (train.n_sequences, variant.model.seq_len + 1)
-        tokens = torch.randint(variant.model.vocab_size, shape, device=device)
-        self.batch = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        tokens = torch.randint(
+            variant.model.vocab_size, (2, train.n_sequences, variant.model.seq_len), device=device
+        )
+        self.optimizer, self.inputs, self.targets = build_optimizer(model, train, dtype), *tokens
+        self.how = {"micro_batch": train.micro_batch, "grad_clip": train.grad_clip, "dtype": dtype}
         torch.set_float32_matmul_precision("high")
         devices.keep_freed_memory()
         self.note = ""
@@ -110,39 +127,64 @@ class TimedStep:
             self.take(2)
 
     def take(self, n_steps: int) -> float:
-        """Take steps and return the mean time of one [s]."""
-        train, started = self.variant.train, time.perf_counter()
-        how = {"micro_batch": train.micro_batch, "grad_clip": train.grad_clip, "lr_factor": 1.0}
+        """Take steps and return their speed [tokens/s]."""
+        started = time.perf_counter()
+        batch = self.optimizer, self.inputs, self.targets
         for _ in range(n_steps):
-            numbers = step.train_step(
-                self.model, self.optimizer, *self.batch, dtype=self.dtype, **how
-            )
+            numbers = step.train_step(self.model, *batch, lr_factor=1.0, **self.how)
         numbers.tolist()  # waits for the device
-        return (time.perf_counter() - started) / n_steps
+        return n_steps * self.inputs.numel() / (time.perf_counter() - started)
 
 
-def measure(variants: list[Variant], *, n_rounds: int, n_steps: int) -> pd.DataFrame:
-    """Time each variant in turns with the first, a few steps each, in a process of their own.
+def measure(
+    variants: list[Variant], *, n_processes: int, n_rounds: int, n_steps: int
+) -> pd.DataFrame:
+    """Time the variants in turns, in several processes one after another; a row for each.
 
-    The lowest and highest of five turns enclose the true median 15 times in 16. A variant that does
-    not run, or whose memory ends, is a row with a note. The first begins alone, and one other at a
-    time is beside it; if the device has no memory for two, by estimate, the other is timed in a
-    process without the first, against the first's median alone, and a note says so.
+    A round takes each variant once. A process gives the median of its rounds; a row has the median
+    of the processes, the lowest and the highest: what measuring once more would show. ``speed_up``
+    is how many times as fast the first variant is, round by round. One that does not run is a row
+    with a note. One that by estimate has no memory beside the others has processes of its own.
     """
-    turns, room = (n_rounds, n_steps), 0.9 * (runs.environment()["memory_bytes"] or np.inf)
-    ours, *others = variants
-    beside = [v for v in others if _memory(ours) + _memory(v) <= room]
-    rows = in_process(_take_turns, [ours, *beside], *turns)
-    reference = ours.train.n_sequences * ours.model.seq_len / rows[0]["tokens_per_s"]
-    rows += [in_process(_time, v, reference, *turns) for v in others if v not in beside]
-    return pd.DataFrame(rows).set_index("name").loc[[v.name for v in variants]].reset_index()
+    memory, together, apart = runs.environment()["memory_bytes"], variants[:1], []
+    for variant in variants[1:]:
+        waiting = sum(16 * count_params(v.model) for v in together)  # gradients, AdamW's state too
+        needed = waiting + max(step_memory(v.model, v.train) for v in [*together, variant])
+        (apart if memory and needed > 0.9 * memory else together).append(variant)
+    turns = pd.DataFrame(
+        (process, *turn)
+        for process in range(n_processes)
+        for group in [together, *([variant] for variant in apart)]
+        for turn in in_process(_take_turns, group, n_rounds, n_steps)
+    ).set_axis(["process", "round", "name", "tokens_per_s", "note"], axis=1)
+    speed = turns.pivot(index=["process", "round"], columns="name", values="tokens_per_s")
+    abouts = [vars(v.model) | vars(v.train) | vars(v) for v in variants]
+    columns = ["name", "claim", "n_params", "n_layer", "d_model", "micro_batch"]
+    table = pd.DataFrame(abouts).assign(n_params=[count_params(v.model) for v in variants])
+    table = table[columns].set_index("name")
+    ratio = 1 / speed.div(speed[variants[0].name], axis=0)
+    for name, values in {"tokens_per_s": speed, "speed_up": ratio}.items():
+        medians = values.groupby("process").median()
+        table[[name, f"{name}_low", f"{name}_high"]] = medians.agg(["median", "min", "max"]).T
+    table["note"] = turns.groupby("name").note.max()
+    table.loc[[v.name for v in apart], "note"] += " timed alone: no memory beside the others"
+    return table.reset_index()
 
 
-def _memory(variant: Variant) -> int:
-    """Estimate the memory of a step [bytes]; transformers' loss forms all logits at once."""
-    model, train = variant.model, variant.train
-    all_logits = train.micro_batch * model.seq_len * model.vocab_size
-    return step_memory(model, train) + 16 * all_logits * (variant.change == "transformers")
+def _take_turns(variants: list[Variant], n_rounds: int, n_steps: int) -> list[tuple]:
+    """Return round, name, speed [tokens/s] and note of every turn."""
+    torch._dynamo.config.recompile_limit = 64  # variants are many graphs of the same code
+    ready, turns = {}, []
+    for variant in variants:
+        try:
+            ready[variant.name] = TimedStep(variant)
+        except (RuntimeError, ValueError) as error:
+            note = f"failed: {str(error).strip().splitlines()[0]:.120}"
+            turns.append((0, variant.name, np.nan, note))
+        gc.collect()  # what one that failed has left
+    for i in range(n_rounds):
+        turns += [(i, name, timed.take(n_steps), timed.note) for name, timed in ready.items()]
+    return turns
 
 
 def in_process(function: Callable, *arguments: Any) -> Any:
@@ -153,44 +195,10 @@ def in_process(function: Callable, *arguments: Any) -> Any:
         return process.submit(function, *arguments).result()
 
 
-def _take_turns(variants: list[Variant], n_rounds: int, n_steps: int) -> list[dict[str, Any]]:
-    ours = TimedStep(variants[0])
-    alone = [ours.take(n_steps) for _ in range(n_rounds)]
-    others = [_time(variant, ours, n_rounds, n_steps) for variant in variants[1:]]
-    return [_row(variants[0], alone, alone) | {"note": ours.note}, *others]
-
-
-def _time(variant: Variant, ours: TimedStep | float, n_rounds: int, n_steps: int) -> dict:
-    """Time a variant in turns with ours, or alone against the time of ours [s]; return its row."""
-    is_alone = isinstance(ours, float)
-    torch._dynamo.config.recompile_limit = 64  # variants are many graphs of the same code
-    try:
-        other = TimedStep(variant)
-        turns = [
-            (other.take(n_steps), ours if is_alone else ours.take(n_steps)) for _ in range(n_rounds)
-        ]
-        note = "timed alone: no memory for two" if is_alone else other.note
-        return _row(variant, *zip(*turns, strict=True)) | {"note": note}
-    except (RuntimeError, ValueError) as error:
-        note = f"failed: {str(error).strip().splitlines()[0]:.120}"
-        return _row(variant, [np.nan], [np.nan]) | {"note": note}
-    finally:
-        other = None
-        gc.collect()
-        devices.empty_cache()
-
-
-def _row(variant: Variant, seconds: list[float], reference: list[float]) -> dict[str, Any]:
-    """Summarise turns; ``speed_up`` is how much faster the reference was, turn by turn."""
-    model, train, seconds = variant.model, variant.train, np.array(seconds)
-    row = {key: getattr(variant, key) for key in ("name", "kind", "claim")}
-    row["n_params"] = count_params(model)
-    row |= {key: getattr(model, key) for key in ("n_layer", "d_model")}
-    row |= {key: getattr(train, key) for key in ("micro_batch", "grad_accum")}
-    speed, speed_up = train.n_sequences * model.seq_len / seconds, seconds / reference
-    for name, values in (("tokens_per_s", speed), ("speed_up", speed_up)):
-        row |= {name: np.median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
-    return row | {"flops_per_s": row["tokens_per_s"] * flops_per_token(model), "note": ""}
+def choose_micro_batch(table: pd.DataFrame) -> int:
+    """Keep ours, the first row, unless another micro-batch is faster in every process."""
+    cuts = table[table.name.str.startswith("micro-batch") & (table.speed_up_high < 1)]
+    return int(pd.concat([cuts.sort_values("speed_up"), table]).micro_batch.iloc[0])
 
 
 def matmul_peak(size: int) -> float:
@@ -204,54 +212,22 @@ def matmul_peak(size: int) -> float:
 def profile_step(variant: Variant, n_steps: int) -> pd.DataFrame:
     """Say what kinds of work a steady step spends its time on, by PyTorch's profiler [s]."""
     os.environ["KINETO_LOG_LEVEL"] = "99"  # no notes on starting and stopping
-    timed, spent = TimedStep(variant), dict.fromkeys(KINDS, 0.0)
+    timed = TimedStep(variant)
     with torch.profiler.profile() as profile:
-        wall = timed.take(n_steps)
-    on_device = devices.accelerator() is not None
-    for event in profile.key_averages():
-        is_kernel = event.device_type != torch.autograd.DeviceType.CPU
-        parts = (k for k, words in KINDS.items() if any(w in event.key.lower() for w in words))
-        if is_kernel == on_device and (kind := next(parts, None)):
-            own = event.self_device_time_total if on_device else event.self_cpu_time_total
-            spent[kind] += own / 1e6 / n_steps
-    spent["idle and other"] = max(0.0, wall - sum(spent.values()))
-    table = pd.DataFrame({"kind": spent.keys(), "seconds": spent.values()})
+        wall = timed.inputs.numel() / timed.take(n_steps)
+    where = "device" if devices.accelerator() else "cpu"
+    events = pd.DataFrame(
+        (event.key.lower(), getattr(event, f"self_{where}_time_total") / 1e6 / n_steps)
+        for event in profile.key_averages()
+        if (event.device_type == torch.autograd.DeviceType.CPU) == (where == "cpu")
+    )
+    holds = [events[0].str.contains(pattern) for pattern in KINDS.values()]
+    seconds = (
+        events[1].groupby(np.select(holds, list(KINDS), "")).sum().reindex(KINDS, fill_value=0.0)
+    )
+    seconds["idle and other"] = max(0.0, wall - seconds.sum())
+    table = seconds.rename_axis("kind").reset_index(name="seconds")
     return table.assign(share=table.seconds / table.seconds.sum())
-
-
-def variants(model: ModelConfig, train: TrainConfig, scale: str) -> list[Variant]:
-    """Our step; with one thing changed; cut into other micro-batches; at other shapes."""
-    gpt2 = resize(model, arch="gpt2", n_layer=model.n_layer, d_model=model.d_model)
-    found = [
-        Variant("ours", model, train),
-        Variant("not compiled", model, replace(train, compile=False), claim=1.15),
-        Variant("LayerNorm", model, train, "LayerNorm", claim=1.0),
-        Variant("GPT-2", gpt2, train),
-    ]
-    if find_spec("transformers"):
-        found.append(Variant("transformers' Llama", model, train, "transformers"))
-    for factor, claim in ((0.5, 1.10), (2, None), (4, None)):
-        size = int(train.micro_batch * factor)
-        if size and train.n_sequences % size == 0:
-            cut = with_micro_batch(train, size)
-            found.append(Variant(f"micro-batch {size}", model, cut, "", "micro-batch", claim))
-    for n_layer, d_model in SHAPES[scale]:
-        shape = resize(model, arch=model.arch, n_layer=n_layer, d_model=d_model)
-        found.append(Variant(f"{n_layer} x {d_model}", shape, train, kind="shape"))
-    return found
-
-
-def choose_micro_batch(table: pd.DataFrame) -> dict[str, int]:
-    """Grow the micro-batch until memory ends or speed (by turns) stops rising by more than 2 %.
-
-    ``table`` holds our step and its other micro-batches, as ``measure`` returns them.
-    """
-    best, *rest = table.sort_values("micro_batch").itertuples()
-    for row in rest:
-        if not 1.02 * row.speed_up < best.speed_up:
-            break
-        best = row
-    return {"micro_batch": int(best.micro_batch), "grad_accum": int(best.grad_accum)}
 
 
 def tokenising_routes(config: DataConfig, n_repeats: int) -> pd.DataFrame:
@@ -260,60 +236,55 @@ def tokenising_routes(config: DataConfig, n_repeats: int) -> pd.DataFrame:
     Each in a process of its own, in turns, with the same tokenizer, to as many tokens; medians.
     Reading the corpus's files counts for ``prepare`` only.
     """
-    routes = {"llmlib.prepare": _prepare, "datasets.map": _datasets_map}
     with TemporaryDirectory() as folder:
-        in_process(_quietly, config, Path(folder))
-        splits = data.load_manifest(Path(folder))["splits"].values()
-        rows = [
-            (name, *in_process(route, config, Path(folder)))
-            for _ in range(n_repeats)
-            for name, route in routes.items()
-        ]
-    table = pd.DataFrame(rows, columns=["route", "seconds", "n_tokens"])
-    assert table.n_tokens.nunique() == 1, f"the routes disagree on the tokens: {rows}"
-    domains = [d for shards in splits for shard in shards for d in shard["domains"].values()]
-    table = table.groupby("route", sort=False).seconds.median().reset_index()
-    table["mb_per_s"] = sum(d["bytes"] for d in domains) / 1e6 / table.seconds
+        done = Path(folder, "done")
+        in_process(_time_prepare, config, done)
+        n_bytes = analysis.split_table(data.load_manifest(done)).bytes.sum()
+        times = pd.DataFrame(
+            {
+                "llmlib.prepare": in_process(_time_prepare, config, Path(folder, str(i)), done),
+                "datasets.map": in_process(_time_datasets_map, done),
+            }
+            for i in range(n_repeats)
+        )
+    table = times.median().rename_axis("route").reset_index(name="seconds")
+    table["mb_per_s"] = n_bytes / 1e6 / table.seconds
     return table.assign(times_usual_route=table.mb_per_s / table.mb_per_s.iloc[1])
 
 
-def _quietly(config: DataConfig, folder: Path) -> dict[str, Any]:
-    with redirect_stderr(StringIO()):  # no progress bar
-        return prepare.prepare(config, folder)
-
-
-def _prepare(config: DataConfig, done: Path) -> tuple[float, int]:
-    """Return the seconds it takes, and the number of tokens."""
-    with TemporaryDirectory() as folder:
+def _time_prepare(config: DataConfig, folder: Path, done: Path | None = None) -> float:
+    """Prepare into a new folder, with the tokenizer of a finished one if there is one [s]."""
+    if done:
+        folder.mkdir()
         shutil.copy(done / "tokenizer.json", folder)
+    with redirect_stderr(StringIO()):  # no progress bar
         started = time.perf_counter()
-        splits = _quietly(config, Path(folder))["splits"].values()
-        seconds = time.perf_counter() - started
-    return seconds, sum(shard["n_tokens"] for shards in splits for shard in shards)
+        prepare.prepare(config, folder)
+    return time.perf_counter() - started
 
 
-def _datasets_map(config: DataConfig, done: Path) -> tuple[float, int]:
-    """Do the same with ``datasets``, for the shards that the finished folder holds."""
+def _time_datasets_map(done: Path) -> float:
+    """Turn the texts of a finished folder into as many tokens in a flat file with ``datasets`` [s]."""
     import datasets
 
     datasets.disable_progress_bars()
-    encoding, source = load_tokenizer(done / "tokenizer.json"), corpus.open_corpus(config)
-    n_shards = len(data.load_manifest(done)["splits"]["train"])
-    shards = sum(source.official.values(), source.train[:n_shards])
-    documents = (document for shard in shards for document in corpus.read_documents(shard))
+    encoding, manifest = load_tokenizer(done / "tokenizer.json"), data.load_manifest(done)
+
+    def texts() -> Iterator[dict]:
+        for document in chain(*(data.documents(done, split) for split in manifest["splits"])):
+            yield {"text": encoding.decode(document[:-1])}
 
     def encode(example: dict) -> dict:
         return {"ids": [*encoding.encode_ordinary(example["text"]), encoding.eot_token]}
 
-    with TemporaryDirectory() as folder:
-        table = datasets.Dataset.from_generator(
-            lambda: ({"text": d.text} for d in documents if d.raw),
-            cache_dir=folder,
-            fingerprint="texts",
-        )
-        started, path = time.perf_counter(), Path(folder, "train.bin")
-        table = table.map(encode, remove_columns=["text"], num_proc=runs.n_cores())
-        with open(path, "wb") as file:
-            for rows in table.with_format("numpy").iter(1024):
-                np.concatenate(rows["ids"]).astype(np.uint16).tofile(file)
-        return time.perf_counter() - started, path.stat().st_size // 2
+    path, how = done / "flat.bin", {"num_proc": runs.n_cores(), "load_from_cache_file": False}
+    table = datasets.Dataset.from_generator(texts, cache_dir=done / "cache", fingerprint="texts")
+    started = time.perf_counter()
+    table = table.map(encode, remove_columns=["text"], **how)
+    with open(path, "wb") as file:
+        for rows in table.with_format("numpy").iter(1024):
+            np.concatenate(rows["ids"]).astype(manifest["dtype"]).tofile(file)
+    seconds = time.perf_counter() - started
+    n_tokens = analysis.split_table(manifest).tokens.sum()
+    assert path.stat().st_size == n_tokens * np.dtype(manifest["dtype"]).itemsize
+    return seconds

@@ -29,9 +29,7 @@ NAMES = {  # ours: theirs, in lower case and with "/" and " " as "_"
 }
 KNOWN = {theirs: ours for ours, names in NAMES.items() for theirs in names}
 LINE = re.compile(r"^\s*(?:step|iter|s)[: ]\s*(\d+)(?:/\d+)?\b(.*)")
-PAIR = re.compile(
-    r"(train loss|val[_ ]loss|loss|tel|trl|train_time|lr|norm)[: ]\s*([-+.\de]+)(ms)?"
-)
+PAIR = re.compile(r"(train loss|val[_ ]loss|loss|tel|trl|train_time|lr|norm)[: ]\s*([-+.\de]+)")
 
 
 def load_curves(*folders: Path) -> tuple[dict[str, pd.DataFrame], list[str]]:
@@ -62,44 +60,34 @@ def read_runs(path: Path) -> dict[str, pd.DataFrame]:
     elif path.suffix == ".jsonl":
         rows = pd.read_json(StringIO(text), lines=True)
     else:
-        rows = pd.DataFrame(
-            {"step": match[1]} | {name: _number(*found) for name, *found in PAIR.findall(match[2])}
-            for match in map(LINE.match, text.splitlines())
-            if match
-        )
+        steps = [match for match in map(LINE.match, text.splitlines()) if match]
+        rows = pd.DataFrame({"step": step[1]} | dict(PAIR.findall(step[2])) for step in steps)
+        if "train_time" in rows:
+            rows["train_time"] = pd.to_numeric(rows.train_time) / 1000  # from ms
     if {"Wall time", "Step", "Value"} <= set(rows):  # TensorBoard, one series in a file
         name = "val_loss" if re.search("val|eval|test", path.name) else "loss"
-        seconds = rows["Wall time"] - rows["Wall time"].iloc[0]
-        return {"": pd.DataFrame({"step": rows.Step, name: rows.Value, "seconds": seconds})}
-    runs = {name.split(" - ")[0] for name in rows if " - " in name}
-    if not runs:
+        rows = rows.rename(columns={"Wall time": "seconds", "Value": name})
+        rows["seconds"] -= rows.seconds.iloc[0]
+    if not any(" - " in str(name) for name in rows):
         return {"": rows}
-    of_run = {run: [name for name in rows if name.startswith(f"{run} - ")] for run in sorted(runs)}
-    return {  # a panel of W&B
-        run: rows[["Step", *names]].rename(columns=lambda name: name.split(" - ")[-1])
-        for run, names in of_run.items()
-    }
-
-
-def _number(text: str, unit: str) -> float:
-    return float(text) / (1000 if unit else 1)
+    panel = rows.set_index("Step").filter(like=" - ")  # of W&B, with a column a run
+    panel.columns = panel.columns.str.rsplit(" - ", n=1, expand=True)
+    return {run: panel[run].reset_index() for run in panel.columns.levels[0]}
 
 
 def to_curve(rows: pd.DataFrame) -> pd.DataFrame:
     """Turn rows into a curve like ``analysis.load_curve``: of a step that is repeated, the last."""
-    names = {name: KNOWN.get(re.sub("[/ ]", "_", str(name).lower())) for name in rows}
-    known = {ours: name for name, ours in names.items() if ours}
-    if "step" not in known or not {"loss", "val_loss"} & known.keys():
+    names = {KNOWN.get(re.sub("[/ ]", "_", str(name).lower())): name for name in rows}
+    if "step" not in names or not {"loss", "val_loss"} & names.keys():
         raise ValueError(
             f"it has the columns {', '.join(map(str, rows))}; a curve needs step and loss or val_loss "
             f"[nats/token], and may have {', '.join(AXES)}, lr and grad_norm."
         )
-    curve = rows[list(known.values())].set_axis(list(known), axis=1)
+    curve = pd.DataFrame({ours: rows.get(names.get(ours)) for ours in CURVE_COLUMNS[1:]})
     curve = curve.apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], math.nan)
     curve = curve.dropna(subset="step").groupby("step").last().reset_index()
-    if curve.reindex(columns=["loss", "val_loss"]).isna().all(axis=None):
+    if curve[["loss", "val_loss"]].isna().all(axis=None):
         raise ValueError("its losses are not numbers.")
-    curve = curve.reindex(columns=CURVE_COLUMNS[1:])
     steps = curve.dropna(subset="loss").assign(kind="step", val_loss=math.nan)
     evals = curve.dropna(subset="val_loss").assign(kind="eval", loss=math.nan)
     return pd.concat([steps, evals])[CURVE_COLUMNS].sort_values("step", ignore_index=True)

@@ -23,8 +23,7 @@ def load_run(run: Path) -> tuple[LanguageModel, tiktoken.Encoding]:
     """Load the model and the tokenizer of a finished training run."""
     if runs.read_result(run) is None:
         raise ValueError(
-            f"run {str(run)!r} has no result.json, so it is not finished; start it again, or give the "
-            "folder of a finished run, such as runs/local/laptop/05_full_run."
+            f"run {str(run)!r} has no result.json, so it is not finished; start it again."
         )
     model = build_model(runs.read_run(run).model)
     model.load_state_dict(load_file(run / "model.safetensors"))
@@ -60,8 +59,8 @@ def generate(
     """
     if not (temperature >= 0 and top_k >= 1 and 0 < top_p <= 1):
         raise ValueError(
-            f"temperature={temperature}, top_k={top_k}, top_p={top_p} leave no token to choose; use 0 "
-            "or more, 1 or more, and above 0 up to 1."
+            f"temperature={temperature}, top_k={top_k}, top_p={top_p} leave no token to choose; use "
+            "0 or more, 1 or more, and above 0 up to 1."
         )
     device, seq_len = model.embed_tokens.weight.device, model.config.seq_len
     rng = torch.Generator(device).manual_seed(seed)
@@ -92,9 +91,14 @@ def export(run: Path, folder: Path) -> Path:
     if folder.is_file() or any(folder.glob("*")):
         raise ValueError(f"{str(folder)!r} exists and is not an empty folder; name a new one.")
     model, encoding = load_run(run)
-    parts = _convert_model(model, encoding), _convert_tokenizer(encoding, model.config.seq_len)
-    for part in parts:
-        part.save_pretrained(folder)
+    end, padding = encoding.eot_token, list(range(encoding.n_vocab, model.config.vocab_size))
+    theirs = hf_model(model.config, bos_token_id=end, eos_token_id=end)
+    theirs.base_model.load_state_dict(model.state_dict())
+    # padding rows of the embedding stand for no token
+    theirs.generation_config.update(pad_token_id=end, suppress_tokens=padding or None)
+    tokenizer = _convert_tokenizer(encoding, model.config.seq_len)
+    theirs.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -119,15 +123,6 @@ def hf_model(config: ModelConfig, **special: Any) -> Any:
         **special,
     )
     return LlamaForCausalLM(shape)
-
-
-def _convert_model(model: LanguageModel, encoding: tiktoken.Encoding) -> Any:
-    end, padding = encoding.eot_token, list(range(encoding.n_vocab, model.config.vocab_size))
-    theirs = hf_model(model.config, bos_token_id=end, eos_token_id=end)
-    theirs.base_model.load_state_dict(model.state_dict())
-    # padding rows of the embedding stand for no token
-    theirs.generation_config.update(pad_token_id=end, suppress_tokens=padding or None)
-    return theirs
 
 
 def _convert_tokenizer(encoding: tiktoken.Encoding, seq_len: int) -> Any:

@@ -84,7 +84,7 @@ def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def _spread(table: pd.DataFrame, name: str) -> list[pd.Series]:
-    """Return the distances of the lowest and highest turn from the median, for error bars."""
+    """Return the distances of an interval's ends from its middle, for error bars."""
     return [table[name] - table[f"{name}_low"], table[f"{name}_high"] - table[name]]
 
 
@@ -104,29 +104,16 @@ def domain_mix(figure: Figure, table: pd.DataFrame) -> None:
 
 @styled
 def speed_ups(figure: Figure, table: pd.DataFrame) -> None:
-    """Show how much faster our step is than each variant: median over turns, lowest and highest."""
+    """Show how much faster our step is than each variant: ``bench.measure``'s table, ours first."""
     table = table.dropna(subset="speed_up").iloc[:0:-1]
     figure.set_figheight(1.4 + 0.34 * len(table))
     axes = figure.subplots()
-    bars = {"xerr": _spread(table, "speed_up"), "fmt": "o", "capsize": 3}
-    axes.errorbar(table.speed_up, table.name, label="measured", **bars)
+    spread = _spread(table, "speed_up")
+    axes.errorbar(table.speed_up, table.name, xerr=spread, fmt="o", capsize=3, label="measured")
     hollow = {"color": ORANGE, "marker": "D", "linestyle": "", "fillstyle": "none"}
-    axes.plot(table.claim, table.name, label="claimed", **hollow)
+    axes.plot(table.claim.where(table.claim != 1), table.name, label="claimed", **hollow)
     axes.axvline(1, **DOTTED)
     axes.set(xlabel="Speed of our step over the variant's [ratio]", title="Ablations of the step")
-
-
-@styled
-def speed_by_shape(figure: Figure, table: pd.DataFrame) -> None:
-    """Show throughput against size, each shape labelled with its depth and width."""
-    table, axes = table.dropna(subset="tokens_per_s"), figure.subplots()
-    bars = {"yerr": _spread(table, "tokens_per_s"), "fmt": "o", "capsize": 3}
-    axes.errorbar(table.n_params, table.tokens_per_s, **bars)
-    for row in table.itertuples():
-        place = {"xytext": (6, 4), "textcoords": "offset points", "fontsize": 9}
-        axes.annotate(row.name, (row.n_params, row.tokens_per_s), **place)
-    axes.set(xlabel=LABELS["n_params"], ylabel="Training tokens per second")
-    axes.set(xscale="log", yscale="log", title="Throughput by size (layers x width)")
 
 
 @styled
@@ -256,10 +243,10 @@ def training_curve(figure: Figure, curve: pd.DataFrame, final_loss: float | None
     evals = curve[curve.kind == "eval"]
     figure.set_figheight(5.6)
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[4, 1, 1])
-    plain = {"marker": "", "linestyle": "-"}
-    top.plot(steps.seconds, steps.loss, color=SKY, linewidth=0.6, label="training, steps", **plain)
-    top.plot(steps.seconds, steps.smoothed, color=BLUE, label="training, smoothed", **plain)
-    dashed = {"color": ORANGE, "linestyle": "--", "marker": "s"}
+    blue = {"color": BLUE, "linestyle": "-", "marker": ""}
+    pale, dashed = (blue | {"color": SKY}), {"color": ORANGE, "linestyle": "--", "marker": "s"}
+    top.plot(steps.seconds, steps.loss, linewidth=0.6, label="training, steps", **pale)
+    top.plot(steps.seconds, steps.smoothed, label="training, smoothed", **blue)
     top.plot(evals.seconds, evals.val_loss, label="validation", **dashed)
     top.set(ylabel="Loss [nats/token]", title="Loss so far")
     after = steps.smoothed.iloc[len(steps) // 20 :]  # the start would dwarf the rest
@@ -270,9 +257,9 @@ def training_curve(figure: Figure, curve: pd.DataFrame, final_loss: float | None
     if final_loss is not None:
         top.axhline(final_loss, **DOTTED)
         top.set_title(f"Final validation loss {final_loss:.3f} nats/token (dotted)")
-    middle.plot(steps.seconds, steps.lr, color=BLUE, **plain)
+    middle.plot(steps.seconds, steps.lr, **blue)
     middle.set(ylabel="Rate")
-    bottom.plot(steps.seconds, steps.grad_norm, color=BLUE, linewidth=0.8, **plain)
+    bottom.plot(steps.seconds, steps.grad_norm, linewidth=0.8, **blue)
     bottom.set(ylabel="Gradient\nnorm", yscale="log", xlabel=LABELS["seconds"])
 
 
@@ -287,14 +274,13 @@ def compare_curves(
     figure.set_figwidth(3.4 * len(quantities))
     [panels] = figure.subplots(1, len(quantities), sharey=True, squeeze=False)
     for panel, quantity in zip(panels, quantities, strict=True):
-        for (name, curve), look in zip(curves.items(), looks(curves).values(), strict=True):
-            has_evals = curve.val_loss.notna().any()
+        for name, look in looks(list(curves)).items():
+            has_evals = curves[name].val_loss.notna().any()
             shown, label = ("val_loss", name) if has_evals else ("smoothed", f"{name} (training)")
-            rows = curve[curve[quantity] > 0].dropna(subset=shown)
+            rows = curves[name].query(f"{quantity} > 0").dropna(subset=shown)
             if len(rows):
-                every = -(-len(rows) // 8)
-                style = look | {"markevery": every, "alpha": 1.0 if has_evals else 0.5}
-                panel.plot(rows[quantity], rows[shown], label=literal(label), **style)
+                style = {"markevery": -(-len(rows) // 8), "alpha": 1.0 if has_evals else 0.5}
+                panel.plot(rows[quantity], rows[shown], label=literal(label), **look, **style)
         panel.set(xscale="log", xlabel=LABELS[quantity])
     panels[0].set(ylabel=LABELS["val_loss"], title="Loss by tokens, time and compute")
 

@@ -9,17 +9,6 @@ from scipy import stats
 from llmlib import analysis, runs
 
 
-def test_slope_is_recovered_with_its_error():
-    rng, slopes = np.random.default_rng(1), []
-    curve = pd.DataFrame({"kind": "step", "tokens": np.arange(1, 1001) * 100.0})
-    for _ in range(200):
-        noisy = curve.assign(loss=5 - 0.2 * np.log(curve.tokens) + rng.normal(0, 0.1, 1000))
-        slopes.append(tuple(analysis.fit_slope(noisy).values()))
-    values, errors = np.array(slopes).T
-    assert values.mean() == pytest.approx(-0.2, abs=0.005)
-    assert values.std() == pytest.approx(errors.mean(), rel=0.25)
-
-
 def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight():
     assert analysis.bits_per_byte(math.log(256), tokens_per_byte=1.0) == pytest.approx(8.0)
 

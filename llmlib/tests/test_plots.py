@@ -37,7 +37,6 @@ DOMAIN_LOSSES = DOMAIN_LOSSES.assign(n_tokens=[9, 1] * 2, bits_per_byte=[1.2, 1.
 FIGURES = {
     "domain_mix": lambda: plots.domain_mix(DOMAINS),
     "speed_ups": lambda: plots.speed_ups(SPEEDS),
-    "speed_by_shape": lambda: plots.speed_by_shape(SPEEDS),
     "iso_time": lambda: plots.iso_time(POINTS, OPTIMA, {"20:1": 2e6}),
     "loss_by_time": lambda: plots.loss_by_time(OPTIMA, OPTIMA),
     "predicted_loss": lambda: plots.predicted_loss(POINTS),
