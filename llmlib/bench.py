@@ -307,7 +307,7 @@ def _datasets_map(config: DataConfig, done: Path) -> tuple[float, int]:
 
     with TemporaryDirectory() as folder:
         table = datasets.Dataset.from_generator(
-            lambda: ({"text": d.text} for d in documents if d.raw),
+            lambda: ({"text": d.text} for d in documents if d.text),
             cache_dir=folder,
             fingerprint="texts",
         )

@@ -142,11 +142,3 @@ def test_mistakes_are_named_with_the_remedy(pajama, counting, tmp_path):
     os.truncate(_prepared(tmp_path, val=range(9)) / "val.bin", 2)
     with pytest.raises(ValueError, match=r"val\.bin is missing or has another size"):
         data.open_split(tmp_path, "val")
-
-
-def test_documents_in_two_splits_are_counted(pajama, tmp_path):
-    assert data.shared_documents(pajama)["n_shared"].tolist() == [0] * 6
-    val, train = [1, 2, END, 3, END], [3, END, 3, END, 2, END, 1, 2, 3, END]
-    found = data.shared_documents(_prepared(tmp_path, train=train, val=val, test=[3, END]))
-    expected = [("train", "val", 1), ("train", "test", 1), ("val", "test", 1)]
-    assert list(found.itertuples(index=False, name=None)) == expected

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmlib import corpus, data, locks, prepare, runs
+from llmlib import analysis, corpus, data, locks, prepare, runs
 from llmlib.config import DataConfig, to_json
+from llmlib.corpus import Corpus
 from llmlib.tests.hub_server import parquet, texts, write, write_corpus
 from llmlib.tokenizer import load_tokenizer
 
@@ -58,7 +59,15 @@ def test_heldout_documents_are_those_of_datasets_in_its_order(n_documents):
 
     table = datasets.Dataset.from_dict({"index": range(n_documents)})
     expected = table.train_test_split(test_size=0.0005, seed=2357, shuffle=True)["test"]["index"]
-    assert prepare.heldout_documents(n_documents, 0.0005, 2357) == list(expected)
+    texts = Corpus([], source={"n_documents": n_documents})
+    assert prepare.split_documents(DataConfig(), texts)[0] == list(expected)
+
+
+def test_where_documents_are_not_counted_the_first_and_a_share_are_held_out():
+    order, is_heldout = prepare.split_documents(DataConfig(test_size=0.01), Corpus([]))
+    heldout = [i for i in range(10_000) if is_heldout(i)]
+    assert order is None and heldout[0] == 0 and [i // 100 for i in heldout] == [*range(100)]
+    assert len({i % 100 for i in heldout}) > 50  # drawn, not every hundredth
 
 
 def test_prepared_splits_are_those_of_datasets_document_for_document(pajama, prepared, tmp_path):
@@ -81,13 +90,14 @@ def test_manifest_counts_documents_bytes_and_tokens_per_domain(pajama, prepared)
             found.update({(domain, key): counts[key] for key in ("documents", "bytes")})
     for shard in corpus.open_corpus(_config(pajama)).train:
         for d in corpus.read_documents(shard):
-            expected.update({(d.domain, "documents"): 1, (d.domain, "bytes"): len(d.raw)})
+            n_bytes = len(d.text.encode())
+            expected.update({(d.domain, "documents"): 1, (d.domain, "bytes"): n_bytes})
     assert found == expected
     assert [shard["n_rows"] for shard in splits["train"]] == [120] * 4
 
 
 def test_workers_and_job_size_do_not_change_a_byte(pajama, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "DOCUMENTS_PER_JOB", 7)
+    monkeypatch.setattr(prepare, "CHARACTERS_PER_JOB", 1000)
     monkeypatch.setattr(runs, "n_cores", lambda: 5)
     prepare.prepare(_config(pajama), tmp_path)
     assert _files(tmp_path) == _files(prepared)
@@ -107,7 +117,7 @@ def slow(shard, tally=None):
         time.sleep(0.003)
         yield document
 corpus.read_documents = slow
-prepare.DOCUMENTS_PER_JOB = 4
+prepare.CHARACTERS_PER_JOB = 1000
 prepare.prepare(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]))
 """
 
@@ -158,30 +168,28 @@ def test_crash_before_or_after_any_rename_is_mended_by_the_next_run(
             monkeypatch.setattr(os, "replace", replace)
         prepare.prepare(_config(pajama), folder)
         assert _files(folder) == _files(prepared)
-    assert n_crashes == 2 * (4 + 4 * 3 + 2 * 2 + 2)  # four shards with val and marker, among others
+    assert n_crashes == 2 * (4 + (4 + 2) * 2 + 2)  # six shards with their markers, among others
 
 
-@pytest.mark.parametrize(
-    "name", ["train-00002.bin", "train-00001.val.bin", "val.bin", "validation-00000.bin"]
-)
-@pytest.mark.parametrize("damage", ["truncated", "altered", "deleted"])
+@pytest.mark.parametrize("name", ["train-00002", "val", "validation-00000"])
+@pytest.mark.parametrize("damage", ["truncated", "deleted"])
 def test_damaged_file_is_named_and_alone_rebuilt(pajama, prepared, tmp_path, name, damage):
-    for file, content in _files(prepared).items():
-        (tmp_path / file).write_bytes(content)
-    assert prepare.verify(tmp_path) == []
-    path, content = tmp_path / name, (tmp_path / name).read_bytes()
-    if damage == "deleted":
-        path.unlink()
-    else:
-        altered = bytes([content[0] ^ 1]) + content[1:]
-        path.write_bytes(content[:-2] if damage == "truncated" else altered)
-    written = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*-*.bin")}
-    assert prepare.verify(tmp_path) == [name]
+    write(tmp_path, _files(prepared))
+    path, content = tmp_path / f"{name}.bin", (tmp_path / f"{name}.bin").read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(content[:-2])
+    written = {p.stem: p.stat().st_mtime_ns for p in tmp_path.glob("*-*.bin")}
+    with pytest.raises(
+        ValueError, match=rf"{name}\.bin is .* delete manifest.json and {name}.json"
+    ):
+        data.open_split(tmp_path, name.split("-")[0])
+    for marker in ("manifest", name):
+        (tmp_path / f"{marker}.json").unlink(missing_ok=True)
     prepare.prepare(_config(pajama), tmp_path)
     assert _files(tmp_path) == _files(prepared)
-    now = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*-*.bin")}
-    rebuilt = {n.split(".")[0] for n in now if now[n] != written.get(n)}
-    assert rebuilt == {name.split(".")[0]} - {"val"}
+    now = {p.stem: p.stat().st_mtime_ns for p in tmp_path.glob("*-*.bin")}
+    assert {n for n in now if now[n] != written.get(n)} == {name} - {"val"}
 
 
 def test_other_config_and_a_second_process_are_refused(pajama, prepared, tmp_path):
@@ -206,18 +214,25 @@ def test_n_tokens_stops_after_the_shard_that_reaches_it(pajama, prepared, tmp_pa
 def test_null_empty_and_invalid_documents_are_counted(tmp_path):
     rows = [*texts(50, seed=0), None, "", "", b"caf\xe9", None, None]
     (tmp_path / "my.parquet").write_bytes(parquet(rows))
-    splits = prepare.prepare(_config(tmp_path / "my.parquet"), tmp_path / "tokens")["splits"]
-    [shard] = splits["train"]
-    assert shard["skipped"] == {"null": 3, "empty": 2, "invalid_utf8": 1}
+    [shard] = prepare.prepare(_config(tmp_path / "my.parquet"), tmp_path / "tokens")["splits"][
+        "train"
+    ]
+    assert shard["n_rows"] == 56 and shard["files"] == [
+        [".parquet", "characters replaced", 1, "my.parquet"],
+        [".parquet", "documents left out: no text", 5, "my.parquet"],
+        [".parquet", "documents read", 51, "my.parquet"],
+        [".parquet", "files read", 1, "my.parquet"],
+        [".parquet", "not UTF-8, mended", 1, "my.parquet"],
+    ]
     kept = _texts(tmp_path / "tokens", "train") + _texts(tmp_path / "tokens", "val")
-    assert shard["n_rows"] == 56 and sorted(kept) == sorted([*texts(50, seed=0), "caf\ufffd"])
+    assert sorted(kept) == sorted([*texts(50, seed=0), "caf\ufffd"])
 
 
-def test_corpus_without_text_for_both_splits_is_refused(tmp_path):
-    for rows, message in (([""] * 50, "holds no text"), (["one"], r"has 1 document\(s\); train")):
-        (tmp_path / "my.parquet").write_bytes(parquet(rows))
-        with pytest.raises(ValueError, match=message):
-            prepare.prepare(_config(tmp_path / "my.parquet"), tmp_path / str(len(rows)))
+@pytest.mark.parametrize("rows", [[""] * 50, ["one"], [["a list"]] * 2])
+def test_corpus_without_text_for_both_splits_is_refused(tmp_path, rows):
+    (tmp_path / "my.jsonl").write_text("".join(f"{json.dumps({'text': row})}\n" for row in rows))
+    with pytest.raises(ValueError, match=r"holds no text for train or val .*Found: .*\.jsonl.*"):
+        prepare.prepare(_config(tmp_path / "my.jsonl"), tmp_path / "tokens")
 
 
 def test_corpus_whose_declared_size_is_wrong_is_refused(tmp_path):
@@ -232,15 +247,18 @@ def test_manifest_tells_what_was_read_and_left_out(tmp_path):
     files = {f"{i}.txt": text.encode() for i, text in enumerate(texts(300, seed=0))}
     write(tmp_path / "my", files | {"b.html": b"<p>", "a.html": b"<p>", "c.txt": b"caf\xe9"})
     manifest = prepare.prepare(_config(tmp_path / "my"), tmp_path / "tokens")
-    assert manifest["files"] == [
+    assert analysis.file_table(manifest).to_numpy().tolist() == [
         [".html", "files left out: markup", 2, "a.html"],
-        [".txt", "bytes replaced", 1, "c.txt"],
-        [".txt", "documents mended: not UTF-8", 1, "c.txt"],
-        [".txt", "files read", 301, ""],
+        [".txt", "characters replaced", 1, "c.txt"],
+        [".txt", "documents read", 301, "0.txt"],
+        [".txt", "files read", 301, "0.txt"],
+        [".txt", "not UTF-8, mended", 1, "c.txt"],
     ]
-    with pytest.raises(ValueError, match=r"has 0 document.*\.html files left out: markup: 1"):
-        write(tmp_path / "none", {"b.html": b"<p>"})
-        prepare.prepare(_config(tmp_path / "none"), tmp_path / "no tokens")
+    with pytest.raises(ValueError, match=r"in 0 documents.*\.html', 'files left out: markup', 1"):
+        prepare.prepare(_config(write(tmp_path / "none", {"b.html": b"<p>"})), tmp_path / "no")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"in 0 documents.*Found: nothing"):
+        prepare.prepare(_config(tmp_path / "empty"), tmp_path / "nothing")
 
 
 PEAK = """
@@ -248,7 +266,7 @@ import json, sys
 from pathlib import Path
 from llmlib import prepare
 from llmlib.config import DataConfig
-prepare.BPE_TRAINING_BYTES = 1_000_000
+prepare.BPE_TRAINING_CHARACTERS = 1_000_000
 prepare.prepare(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]))
 [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
 print(line.split()[1])
@@ -275,26 +293,14 @@ def test_text_of_another_encoding_is_refused_by_name(tmp_path):
         prepare.prepare(_config(write(tmp_path / "my", files)), tmp_path / "tokens")
 
 
-def test_beyond_many_shards_documents_are_held_out_of_those_that_are_used(tmp_path, monkeypatch):
-    hub = write_corpus(tmp_path / "hub", n_shards=4, n_documents=120)
-    (hub / "README.md").unlink()
-    monkeypatch.setattr(prepare, "MANY_SHARDS", 3)
-    monkeypatch.setattr(corpus, "count_documents", None)  # nobody counts
-    manifest = prepare.prepare(_config(hub, n_tokens=1), tmp_path / "tokens")
-    assert manifest["source"]["heldout"].endswith("from the shards that are used")
-    train, val = (_texts(tmp_path / "tokens", split) for split in ("train", "val"))
-    assert sorted(train + val) == sorted(texts(120, seed=0)) and 2 <= len(val) <= 15
-
-
 def test_own_sources_that_change_on_the_way_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.Writer, "write_split", lambda *_: 1 / 0)
     config = DataConfig(corpus="stdlib", tokenizer="bpe", bpe_vocab_size=257)
     with pytest.raises(ZeroDivisionError):
         prepare.prepare(config, tmp_path)
     source = runs.read_json(tmp_path / "source.json")
-    source["about"]["sha256"] = "another"
-    runs.write_json(tmp_path / "source.json", source)
-    with pytest.raises(ValueError, match=r"have changed since .* delete that folder"):
+    runs.write_json(tmp_path / "source.json", source | {"sha256": "another"})
+    with pytest.raises(ValueError, match=r"has changed since .* delete that folder"):
         prepare.prepare(config, tmp_path)
     runs.write_json(tmp_path / "manifest.json", {"finished": True})
     assert prepare.prepare(config, tmp_path) == {"finished": True}
@@ -314,4 +320,3 @@ def test_first_shard_of_minipajama_equals_a_plain_pass(gpt2, tmp_path):
     assert np.array_equal(
         np.fromfile(tmp_path / "train-00000.bin", "<u2"), np.concatenate(expected)
     )
-    assert data.shared_documents(tmp_path)["n_shared"].sum() == 0
