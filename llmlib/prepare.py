@@ -12,10 +12,11 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, groupby
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -31,13 +32,6 @@ CHARACTERS_PER_JOB = 500_000  # enough to hide what Python adds, few enough for 
 
 Marker = dict[str, Any]  # what is written about a finished token file
 IsHeldout = Callable[[int], bool]  # of a document's index in train
-
-
-class Encoded(NamedTuple):
-    index: int  # of the document in its split
-    domain: str
-    n_bytes: int  # of its text
-    tokens: np.ndarray
 
 
 def prepare(config: DataConfig, tokens_dir: Path) -> Marker:
@@ -66,12 +60,12 @@ def _write_tokens(config: DataConfig, record: runs.Record) -> Marker:
         else:
             encoding = tokenizer.load_tiktoken(config.tokenizer)
         runs.write_atomic(path, tokenizer.save_tokenizer(encoding))
-    encoding, n_documents = tokenizer.load_tokenizer(path), source.get("n_documents")
-    with tqdm(total=None if config.n_tokens else n_documents, unit=" documents") as bar:
-        writer = Writer(tokenizer.DocumentEncoder(encoding), record.path, bar)
-        train = writer.write_split(texts.train, is_heldout, config.n_tokens or math.inf)
-        official = {name: writer.write_split(shards) for name, shards in texts.official.items()}
+    encoding = tokenizer.load_tokenizer(path)
+    writer = Writer(tokenizer.DocumentEncoder(encoding), record)
+    train = writer.write_split(texts.train, is_heldout, config.n_tokens or math.inf)
+    official = {name: writer.write_split(shards) for name, shards in texts.official.items()}
     val = writer.gather(train, order)
+    n_documents = source.get("n_documents")
     n_rows, n_tokens = _total(train, "n_rows"), _total(train, "n_tokens")
     if len(train) == len(texts.train) and n_documents not in (None, n_rows):
         raise ValueError(
@@ -129,24 +123,19 @@ def _sample(texts: Corpus, is_heldout: IsHeldout) -> Iterator[str]:
 
 @dataclass
 class Writer:
-    """Turn shards into token files, in order, on all cores, behind one progress bar."""
+    """Turn shards into token files, in order, on all cores."""
 
     encoder: tokenizer.DocumentEncoder
-    folder: Path
-    bar: tqdm
+    record: runs.Record
 
     def write_split(
         self, shards: list[Shard], is_heldout: IsHeldout | None = None, enough: float = math.inf
     ) -> list[Marker]:
         """Write the shards of a split, up to the one that makes ``enough`` tokens; marked ones are done."""
         markers: list[Marker] = []
-        for shard in shards:
-            path, first = self.folder / f"{shard.name}.json", _total(markers, "n_rows")
-            if path.exists():
-                self.bar.update(runs.read_json(path)["n_rows"])
-            else:
-                runs.write_json(path, self._write_shard(shard, first, is_heldout))
-            markers.append(runs.read_json(path))
+        for shard in tqdm(shards, "tokenising", unit=" shards"):
+            write = partial(self._write_shard, shard, _total(markers, "n_rows"), is_heldout)
+            markers.append(self.record.cached_json(shard.name, write))
             if _total(markers, "n_tokens") >= enough:
                 break
         return markers
@@ -154,11 +143,11 @@ class Writer:
     def _write_shard(self, shard: Shard, first: int, is_heldout: IsHeldout | None) -> Marker:
         tally, heldout = {}, []
 
-        def kept() -> Iterator[Encoded]:
-            for document in self._encoded(enumerate(corpus.read_documents(shard, tally), first)):
-                if is_heldout and is_heldout(document.index):
-                    heldout.append([*document[:3], document.tokens.tobytes().hex()])
-                else:
+        def kept() -> Iterator[Document]:
+            for index, document in enumerate(corpus.read_documents(shard, tally), first):
+                if document.text and is_heldout and is_heldout(index):
+                    heldout.append([index, *document])
+                elif document.text:
                     yield document
 
         marker = self._write_file(f"{shard.name}.bin", kept())
@@ -172,55 +161,50 @@ class Writer:
             )
         return marker | {"n_rows": n_rows, "heldout": heldout, "files": files}
 
-    def _encoded(self, documents: Iterable[tuple[int, Document]]) -> Iterator[Encoded]:
-        """Encode documents that hold text, in order; few at a time, for memory.
+    def gather(self, markers: list[Marker], order: list[int] | None) -> Marker:
+        """Move the held-out documents from the shards' markers to one file, in the split's order."""
+        texts = chain(*(marker.pop("heldout") for marker in markers))
+        found = {index: Document(*text) for index, *text in texts}
+        documents = [found[index] for index in order or found if index in found]
+        domains = [document.domain for document in documents]
+        return self._write_file("val.bin", documents) | {"documents": domains}
+
+    def _write_file(self, name: str, documents: Iterable[Document]) -> Marker:
+        """Write a token file, counted and hashed on the way, renamed when whole."""
+        sha256, domains = hashlib.sha256(), defaultdict(Counter)
+        temporary = self.record.path / f".{name}.tmp"
+        with open(temporary, "wb") as file:
+            for (text, domain), tokens in self._encoded(documents):
+                file.write(tokens)
+                sha256.update(tokens)
+                n_bytes = len(text.encode())
+                domains[domain].update(documents=1, bytes=n_bytes, tokens=len(tokens))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self.record.path / name)
+        n_tokens = sum(counts["tokens"] for counts in domains.values())
+        marker = {"file": name, "n_tokens": n_tokens, "sha256": sha256.hexdigest()}
+        return marker | {"domains": dict(sorted(domains.items()))}
+
+    def _encoded(self, documents: Iterable[Document]) -> Iterator[tuple[Document, np.ndarray]]:
+        """Encode documents on all cores, in order; few at a time, for memory.
 
         Threads are enough: tiktoken works outside the interpreter's lock and returns a buffer.
         """
         n_characters, jobs = 0, deque()
 
-        def job_number(pair: tuple[int, Document]) -> int:
+        def job_number(document: Document) -> int:
             nonlocal n_characters
-            n_characters += len(pair[1].text or "")
+            n_characters += len(document.text)
             return n_characters // CHARACTERS_PER_JOB
 
+        def encode(job: list[Document]) -> Iterable[tuple[Document, np.ndarray]]:
+            return zip(job, self.encoder.encode([text for text, _ in job]), strict=True)
+
         with ThreadPoolExecutor(runs.n_cores()) as pool:
-            for _, group in groupby(documents, job_number):
-                job = list(group)
-                self.bar.update(len(job))
-                jobs.append(pool.submit(self._encode, [pair for pair in job if pair[1].text]))
+            for _, job in groupby(documents, job_number):
+                jobs.append(pool.submit(encode, [*job]))
                 if len(jobs) > 4 * runs.n_cores():
                     yield from jobs.popleft().result()
-            for encoded in jobs:
-                yield from encoded.result()
-
-    def _encode(self, job: list[tuple[int, Document]]) -> list[Encoded]:
-        tokens = self.encoder.encode([document.text for _, document in job])
-        both = zip(job, tokens, strict=True)
-        return [Encoded(i, d.domain, len(d.text.encode()), found) for (i, d), found in both]
-
-    def _write_file(self, name: str, documents: Iterable[Encoded]) -> Marker:
-        """Write a token file, counted and hashed on the way, renamed when whole."""
-        sha256, domains = hashlib.sha256(), defaultdict(Counter)
-        temporary = self.folder / f".{name}.tmp"
-        with open(temporary, "wb") as file:
-            for _, domain, n_bytes, tokens in documents:
-                file.write(tokens)
-                sha256.update(tokens)
-                domains[domain].update(documents=1, bytes=n_bytes, tokens=len(tokens))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.folder / name)
-        n_tokens = sum(counts["tokens"] for counts in domains.values())
-        marker = {"file": name, "n_tokens": n_tokens, "sha256": sha256.hexdigest()}
-        return marker | {"domains": dict(sorted(domains.items()))}
-
-    def gather(self, markers: list[Marker], order: list[int] | None) -> Marker:
-        """Move the held-out documents from the shards' markers to one file, in the split's order."""
-        found = {}
-        for index, domain, n_bytes, code in chain(*(marker.pop("heldout") for marker in markers)):
-            tokens = np.frombuffer(bytes.fromhex(code), self.encoder.dtype)
-            found[index] = Encoded(index, domain, n_bytes, tokens)
-        documents = [found[index] for index in order or found if index in found]
-        domains = [document.domain for document in documents]
-        return self._write_file("val.bin", documents) | {"documents": domains}
+            for job in jobs:
+                yield from job.result()

@@ -118,7 +118,7 @@ def _values(file: File) -> Iterator[tuple[Any, str]]:
         if file.suffix in MARKUP or MARKUP_START.match(head):
             raise LeftOut("markup")
         if head.startswith(b"PAR1") or file.suffix == ".parquet":
-            yield from _parquet(file, stream)
+            yield from _rows(file, _parquet(file, stream))
             return
         how = ("utf-8-sig", "surrogateescape")
         if WIDE.match(head):
@@ -127,7 +127,7 @@ def _values(file: File) -> Iterator[tuple[Any, str]]:
             raise LeftOut("binary")
         text = TextIOWrapper(stream, *how, newline="")
         if file.suffix in ROWS:
-            yield from _rows(file, ROWS[file.suffix](file, text))
+            yield from _rows(file, ROWS[file.suffix](text))
         else:
             yield from ((piece, file.domain) for piece in _pieces(file, text))
 
@@ -152,13 +152,14 @@ def _pieces(file: File, text: TextIOWrapper) -> Iterator[str]:
         yield piece
 
 
-def _rows(file: File, rows: Iterable[Any], column: str = "") -> Iterator[tuple[Any, str]]:
+def _rows(file: File, rows: Iterable[Any]) -> Iterator[tuple[Any, str]]:
     """Take the column of the texts, and the domain, from rows: objects or plain strings."""
     rows = iter(rows)
     head = list(islice(rows, ROWS_PER_READ))
     cells = [cell for row in head if isinstance(row, dict) for cell in row.items()]
-    types = {str(name): type(value).__name__ for name, value in cells if value is not None}
-    column = column or (_column(file, types) if types else "")
+    cells.sort(key=lambda cell: cell[1] is not None)  # a null tells no type where others do
+    types = {str(name): type(value).__name__ for name, value in cells}
+    column = _column(file, types) if types else ""
     for row in chain(head, rows):
         meta = row.get("meta") if isinstance(row, dict) else None
         meta = _parsed(meta) if isinstance(meta, str | bytes) else meta
@@ -198,20 +199,20 @@ def _parsed(text: str | bytes) -> Any:
         return error
 
 
-def _json_lines(_: File, lines: Iterable[str]) -> Iterator[Any]:
+def _json_lines(lines: Iterable[str]) -> Iterator[Any]:
     return map(_parsed, filter(str.strip, lines))
 
 
-def _json(file: File, text: TextIOWrapper) -> Iterable[Any]:
+def _json(text: TextIOWrapper) -> Iterable[Any]:
     """Read a .json: rows by line, a list of rows, or one."""
     first = text.readline()
     if isinstance(_parsed(first), dict):
-        return _json_lines(file, chain([first], text))
+        return _json_lines(chain([first], text))
     whole = _parsed(first + text.read())
     return whole if isinstance(whole, list) else [whole]
 
 
-def _csv(file: File, text: TextIOWrapper) -> Iterable[dict[str, Any]]:
+def _csv(text: TextIOWrapper) -> Iterable[dict[str, Any]]:
     csv.field_size_limit(1 << 27)  # its own is 128 kB
     header = text.readline()
     delimiter = max(",;\t|", key=header.count)
@@ -222,17 +223,13 @@ def _csv(file: File, text: TextIOWrapper) -> Iterable[dict[str, Any]]:
 ROWS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv}
 
 
-def _parquet(file: File, stream: BufferedReader) -> Iterator[tuple[Any, str]]:
+def _parquet(file: File, stream: BufferedReader) -> Iterator[dict[str, Any]]:
     # Buffered and without read-ahead: one huge row group takes no more memory than many.
     table = pq.ParquetFile(stream, buffer_size=1 << 20, pre_buffer=False)
     types = {f.name: TEXT_TYPE.sub("str", str(f.type)) for f in table.schema_arrow}
-    column = _column(file, types)
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for batch in table.iter_batches(ROWS_PER_READ, columns=[column, "meta"]):
-            # As bytes: a string that is not UTF-8 costs itself.
-            named = zip(batch.schema.names, batch.columns, strict=True)
-            arrays = [a.cast(pa.large_binary()) if types[n] == "str" else a for n, a in named]
-            yield from pa.RecordBatch.from_arrays(arrays, batch.schema.names).to_pylist()
-
-    return _rows(file, rows(), column)
+    file.column = _column(file, types)
+    for batch in table.iter_batches(ROWS_PER_READ, columns=[file.column, "meta"]):
+        # As bytes: a string that is not UTF-8 costs itself.
+        named = zip(batch.schema.names, batch.columns, strict=True)
+        arrays = [a.cast(pa.large_binary()) if types[n] == "str" else a for n, a in named]
+        yield from pa.RecordBatch.from_arrays(arrays, batch.schema.names).to_pylist()
