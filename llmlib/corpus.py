@@ -33,7 +33,7 @@ SPLIT_NAME = re.compile(r"\w+-\d{5}-of-\d{5}\b|README\.md$")
 NEAREST = "-p corpus HuggingFaceFW/fineweb -p subset sample-10BT"  # to SlimPajama, on the hub
 REMEDIES = {  # by a part of the error's text
     "scripts are no longer supported": "Its files are read with -p revision refs/convert/parquet",
-    "gated": "Accept its terms on the hub and log in with: hf auth login",
+    "gated dataset": "Accept its terms on the hub and log in with: hf auth login",
     "Config name is missing": "Choose one with -p subset",
     "DatasetNotFoundError": f"If it has gone from the hub, {NEAREST} is near it; losses do not compare",
 }

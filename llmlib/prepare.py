@@ -77,8 +77,9 @@ def _write_tokens(config: DataConfig, record: runs.Record) -> Marker:
             f"the corpus holds no text for train or val in {n_rows} documents; bring more text or "
             f"raise test_size. Found: {[marker['files'] for marker in train] or 'nothing'}."
         )
+    how = "by datasets' train_test_split" if order else "the first, one of every 1 / test_size"
     return {
-        "source": source | {"config": to_json(config)},
+        "source": source | {"config": to_json(config), "heldout": how},
         "tokenizer": tokenizer.describe(encoding),
         "dtype": writer.encoder.dtype.str,
         "n_tokens": n_tokens,
@@ -134,10 +135,10 @@ class Writer:
         """Write the shards of a split, up to the one that makes ``enough`` tokens; marked ones are done."""
         markers: list[Marker] = []
         for shard in tqdm(shards, "tokenising", unit=" shards"):
-            write = partial(self._write_shard, shard, _total(markers, "n_rows"), is_heldout)
-            markers.append(self.record.cached_json(shard.name, write))
             if _total(markers, "n_tokens") >= enough:
                 break
+            write = partial(self._write_shard, shard, _total(markers, "n_rows"), is_heldout)
+            markers.append(self.record.cached_json(shard.name, write))
         return markers
 
     def _write_shard(self, shard: Shard, first: int, is_heldout: IsHeldout | None) -> Marker:

@@ -8,6 +8,8 @@ import hashlib
 import io
 import json
 import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 PATH = re.compile(r"(?:/api)?/datasets/me/pajama/(resolve|revision|tree)/([^/]+)/?(.*)")
 
@@ -29,6 +32,8 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.commits: dict[str, dict[str, bytes]] = {}  # files by path, by the commit's hash
+        self.branches: dict[str, str] = {}  # commits by name; the newest is main
+        self.refusal = "RepoNotFound"  # why there is nothing, where there is no commit
         self.log: list[tuple[str, str, str | None]] = []  # method, path, Range
         self.drop_after: dict[str, int] = {}  # path: bytes after which the connection drops, once
         self.cut_to: dict[str, int] = {}  # path: bytes served as if they were the whole file
@@ -66,12 +71,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.do_GET()
 
     def do_GET(self) -> None:
-        if not self.server.commits:  # as it answers for a data set that has gone
-            return self._answer(401, **{"X-Error-Code": "RepoNotFound"})
-        path = unquote(urlsplit(self.path).path)
-        self.server.log.append((self.command, path, self.headers.get("Range")))
-        kind, revision, name = match.groups() if (match := PATH.fullmatch(path)) else ("", "", "")
-        sha = [*self.server.commits][-1] if revision == "main" else revision
+        if not self.server.commits:
+            return self._answer(401, **{"X-Error-Code": self.server.refusal})
+        path = urlsplit(self.path).path
+        self.server.log.append((self.command, unquote(path), self.headers.get("Range")))
+        kind, revision, name = map(
+            unquote, match.groups() if (match := PATH.fullmatch(path)) else [""] * 3
+        )
+        newest = {"main": [*self.server.commits][-1]}
+        sha = (newest | self.server.branches).get(revision, revision)
         files = self.server.commits.get(sha, {})
         if kind == "revision":
             self._answer(200, json.dumps({"id": "me/pajama", "sha": sha, "tags": []}).encode())
@@ -150,6 +158,16 @@ def write(folder: Path, files: dict[str, bytes]) -> Path:
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_bytes(data)
     return folder
+
+
+def peak_kib(code: str, *arguments: object) -> int:
+    """Run code in a process of its own and return the most memory it held."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("reads /proc")
+    code += "\nfrom pathlib import Path\nprint(Path('/proc/self/status').read_text())"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(out.split("VmHWM:")[1].split()[0])
 
 
 def write_corpus(folder: Path, n_shards: int, n_documents: int) -> Path:

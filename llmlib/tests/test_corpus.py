@@ -48,13 +48,6 @@ def test_text_files_of_a_folder_are_documents_with_their_folder_as_domain(tmp_pa
     assert found == {"a/1.txt": "a", "a/2.txt": "a", "b/3.txt": "b", "4.txt": "top level"}
 
 
-def test_standard_library_is_python_sources_without_tests():
-    opened = open_corpus(DataConfig(corpus="stdlib"))
-    paths = [Path(name) for shard in opened.train for name, _ in shard.files]
-    assert len(paths) == opened.source["n_documents"] > 300
-    assert all(path.suffix == ".py" and "tests" not in path.parts for path in paths)
-
-
 def test_python_corpus_is_larger_and_holds_out_of_the_standard_library_and_torch():
     opened = open_corpus(DataConfig(corpus="python"))
     files = [file for shard in opened.train for file in shard.files]
@@ -81,19 +74,6 @@ def test_hash_of_own_sources_follows_their_text(tmp_path, monkeypatch):
 def test_corpus_that_cannot_be_opened_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"corpus='no/such/folder' could not be opened"):
         open_corpus(DataConfig(corpus="no/such/folder"))
-    for text, remedy in (
-        (
-            "Dataset scripts are no longer supported, but found a.py",
-            "-p revision refs/convert/parquet",
-        ),
-        ("Dataset 'a/b' is a gated dataset on the Hub.", "hf auth login"),
-        (
-            "Config name is missing.\nPlease pick one among ['en', 'de']",
-            r"\['en', 'de'\].*-p subset",
-        ),
-    ):
-        with pytest.raises(ValueError, match=remedy), corpus._explained("corpus='a/b'"):
-            raise RuntimeError(text)
     (tmp_path / "validation-00000-of-00001.parquet").write_bytes(parquet(texts(5, seed=0)))
     with pytest.raises(ValueError, match=r"no train split; its splits: validation"):
         open_corpus(DataConfig(corpus=str(tmp_path)))

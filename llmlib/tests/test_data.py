@@ -97,15 +97,6 @@ def test_prefetched_batches_are_those_read_directly(counting, device):
     assert threading.active_count() == n_threads - 1
 
 
-def test_error_while_prefetching_reaches_the_reader(counting):
-    ahead = data.prefetch(Batches(counting, 32, 6), 0, torch.device("cpu"))
-    next(ahead)
-    for path in counting.files:
-        path.unlink()
-    with pytest.raises(FileNotFoundError):
-        list(ahead)
-
-
 # ---------------------------------------------------------------------- splits
 
 

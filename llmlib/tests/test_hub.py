@@ -101,15 +101,47 @@ def test_subset_of_a_pinned_revision_is_read_alone(hub, tmp_path):
     _assert_same_as_local(tmp_path, sample | {"README.md": b"---\nlicense: mit\n---\n"})
 
 
-def test_rows_of_a_csv_data_set_are_documents(hub, tmp_path):
-    rows = [f"line {i}, and\nanother" for i in range(100)]
-    csv = "id,text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(rows))
-    hub.commit({"README.md": b"A table.", "data/train.csv": csv.encode()})
-    _prepare(hub, tmp_path)
-    _assert_same_as_local(tmp_path, {"train.parquet": hub_server.parquet(rows)})
-
-
-def test_for_a_data_set_that_has_gone_the_nearest_one_is_named(hub, tmp_path):
+@pytest.mark.parametrize(
+    ("refusal", "parts"),
+    [
+        ("RepoNotFound", ("'me/pajama' could not be opened", corpus.NEAREST, "do not compare")),
+        ("GatedRepo", ("is a gated dataset", "hf auth login")),
+    ],
+)
+def test_data_set_that_has_gone_or_is_gated_is_told_with_the_remedy(hub, tmp_path, refusal, parts):
+    hub.refusal = refusal
     _, message = _prepare(hub, tmp_path)
-    for part in ("'me/pajama' could not be opened", corpus.NEAREST, "losses do not compare"):
-        assert part in message
+    assert all(part in message for part in parts)
+
+
+def test_data_set_with_a_script_is_read_from_its_parquet_branch(hub, tmp_path):
+    files = {
+        f"default/train/000{i}.parquet": hub_server.parquet(hub_server.texts(100, i))
+        for i in (0, 1)
+    }
+    hub.branches["refs/convert/parquet"] = hub.commit(files)
+    hub.commit({"pajama.py": b"import datasets", "README.md": b"A script."})
+    _, message = _prepare(hub, tmp_path)
+    assert "-p revision refs/convert/parquet" in message
+    source, _ = _prepare(hub, tmp_path / "again", revision="refs/convert/parquet")
+    assert source["revision"] == hub.branches["refs/convert/parquet"]
+
+
+def test_subsets_are_listed_where_none_is_chosen(hub, tmp_path):
+    configs = [{"config_name": name, "data_files": f"{name}/*"} for name in ("en", "de")]
+    readme = f"---\n{json.dumps({'configs': configs})}\n---\n".encode()
+    hub.commit({"README.md": readme, "en/0.jsonl": b"", "de/0.jsonl": b""})
+    _, message = _prepare(hub, tmp_path)
+    assert "['en', 'de']" in message and "-p subset" in message
+
+
+def test_of_many_shards_only_those_that_are_used_are_read(hub, tmp_path):
+    files = hub_server.layout(n_shards=120, n_documents=60)
+    files["README.md"] = b"---\nlicense: mit\n---\n"  # declares no number of documents
+    hub.commit(files)
+    source, progress = _prepare(hub, tmp_path, n_tokens=1)
+    assert source["n_documents"] is None and source["heldout"].startswith("the first, one of")
+    unused = {path for path in files if "train" in path and "train-00000" not in path}
+    assert {*hub.downloads()} == {*files} - unused - {"README.md"}
+    assert "1/120 [" in progress
+    _assert_same_as_local(tmp_path, files, n_tokens=1)
