@@ -155,3 +155,10 @@ def domain_windows(tokens_dir: Path, seq_len: int) -> dict[str, np.ndarray]:
         parts[domain].append(tokens)
     windows = {d: _windows(np.concatenate(found), seq_len) for d, found in sorted(parts.items())}
     return {domain: found for domain, found in windows.items() if len(found)}
+
+
+def shared_with_val(tokens_dir: Path) -> dict[str, int]:
+    """Count the documents of "val" that another split holds too, token for token."""
+    splits = load_manifest(tokens_dir)["splits"]
+    held = {split: {hash(d.tobytes()) for d in documents(tokens_dir, split)} for split in splits}
+    return {split: len(held["val"] & held[split]) for split in splits if split != "val"}

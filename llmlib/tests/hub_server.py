@@ -34,8 +34,7 @@ class Hub(ThreadingHTTPServer):
         self.commits: dict[str, dict[str, bytes]] = {}  # files by path, by the commit's hash
         self.branches: dict[str, str] = {}  # commits by name; the newest is main
         self.refusal = "RepoNotFound"  # why there is nothing, where there is no commit
-        self.log: list[tuple[str, str, str | None]] = []  # method, path, Range
-        self.drop_after: dict[str, int] = {}  # path: bytes after which the connection drops, once
+        self.log: list[str] = []  # the paths of the files that were asked for
         self.cut_to: dict[str, int] = {}  # path: bytes served as if they were the whole file
 
     def commit(self, files: dict[str, bytes]) -> str:
@@ -46,8 +45,7 @@ class Hub(ThreadingHTTPServer):
 
     def downloads(self) -> list[str]:
         """List the data files that were asked for."""
-        paths = [path for method, path, _ in self.log if method == "GET" and "/resolve/" in path]
-        return [path[path.index("data/") :] for path in paths if "/data/" in path]
+        return [path[path.index("data/") :] for path in self.log if "/data/" in path]
 
 
 @contextmanager
@@ -74,7 +72,8 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.server.commits:
             return self._answer(401, **{"X-Error-Code": self.server.refusal})
         path = urlsplit(self.path).path
-        self.server.log.append((self.command, unquote(path), self.headers.get("Range")))
+        if self.command == "GET" and "/resolve/" in path:
+            self.server.log.append(unquote(path))
         kind, revision, name = map(
             unquote, match.groups() if (match := PATH.fullmatch(path)) else [""] * 3
         )
@@ -99,18 +98,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_file(self, sha: str, path: str, whole: bytes) -> None:
         headers = {"X-Repo-Commit": sha, "ETag": _hash(whole)}
-        if self.command == "HEAD":
-            return self._answer(200, whole, **headers)
-        data = whole[: self.server.cut_to.get(path, len(whole))]
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if wanted:
-            start, stop = int(wanted[1]), min(int(wanted[2] or len(data)) + 1, len(data))
-            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
-            data = data[start:stop]
-        headers["Content-Length"] = str(len(data))
-        sent = data[: self.server.drop_after.pop(path, len(data))]
-        self._answer(206 if wanted else 200, sent, **headers)
-        self.close_connection = len(sent) < len(data)
+        most = self.server.cut_to.get(path) if self.command == "GET" else None
+        self._answer(200, whole[:most], **headers)
 
 
 def _listing(files: dict[str, bytes], folder: str) -> list[dict]:

@@ -133,3 +133,9 @@ def test_mistakes_are_named_with_the_remedy(pajama, counting, tmp_path):
     os.truncate(_prepared(tmp_path, val=range(9)) / "val.bin", 2)
     with pytest.raises(ValueError, match=r"val\.bin is missing or has another size"):
         data.open_split(tmp_path, "val")
+
+
+def test_documents_of_val_in_another_split_are_counted(tmp_path):
+    val, train = [1, 2, END, 3, END], [3, END, 3, END, 2, END, 1, 2, 3, END]
+    _prepared(tmp_path, train=train, val=val, test=[*val, 4, END])
+    assert data.shared_with_val(tmp_path) == {"train": 1, "test": 2}

@@ -1,5 +1,7 @@
 """Tokens on disk: the right ones, whatever happens on the way."""
 
+import contextlib
+import itertools
 import json
 import os
 import signal
@@ -13,7 +15,7 @@ import pytest
 from llmlib import analysis, corpus, data, locks, prepare, runs
 from llmlib.config import DataConfig, to_json
 from llmlib.corpus import Corpus
-from llmlib.tests.hub_server import parquet, peak_kib, texts, write, write_corpus
+from llmlib.tests.hub_server import peak_kib, texts, write, write_corpus
 from llmlib.tokenizer import load_tokenizer
 
 
@@ -132,33 +134,26 @@ def test_run_that_is_killed_again_and_again_ends_byte_identical(pajama, prepared
 def test_crash_before_or_after_any_rename_is_mended_by_the_next_run(
     pajama, prepared, tmp_path, monkeypatch
 ):
-    replace, n_crashes = os.replace, 0
+    replace, n_renames = (
+        os.replace,
+        4 + (4 + 2) * 2 + 2,
+    )  # six shards and their markers, among others
     monkeypatch.setattr(runs, "environment", dict)  # which takes longer than all the rest
-    while True:
-        n_left = n_crashes // 2
+    for n in range(2 * n_renames + 1):
+        moments, folder = itertools.count(), tmp_path / str(n)
 
         def crash(source: Path, target: Path) -> None:
-            nonlocal n_left
-            n_left -= 1
-            if n_left < 0 and n_crashes % 2 == 0:
-                raise KeyboardInterrupt
-            replace(source, target)
-            if n_left < 0:
-                raise KeyboardInterrupt
+            for rename in (lambda: None, lambda: replace(source, target)):
+                rename()
+                if next(moments) == n:
+                    raise KeyboardInterrupt
 
-        folder = tmp_path / str(n_crashes)
-        monkeypatch.setattr(os, "replace", crash)
-        try:
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(os, "replace", crash)
             prepare.prepare(_config(pajama), folder)
-        except KeyboardInterrupt:
-            n_crashes += 1
-        else:
-            break
-        finally:
-            monkeypatch.setattr(os, "replace", replace)
+            assert n == 2 * n_renames
         prepare.prepare(_config(pajama), folder)
         assert _files(folder) == _files(prepared)
-    assert n_crashes == 2 * (4 + (4 + 2) * 2 + 2)  # six shards with their markers, among others
 
 
 @pytest.mark.parametrize("name", ["train-00002", "val", "validation-00000"])
@@ -199,23 +194,6 @@ def test_n_tokens_stops_after_the_shard_that_reaches_it(pajama, prepared, tmp_pa
     assert len(manifest["splits"]["train"]) == 2 and manifest["n_tokens"] >= wanted
     everything = _texts(prepared, "val")
     assert _texts(tmp_path, "val") == [t for t in everything if t.split("-")[0] in ("0", "1")]
-
-
-def test_null_empty_and_invalid_documents_are_counted(tmp_path):
-    rows = [*texts(50, seed=0), None, "", "", b"caf\xe9", None, None]
-    (tmp_path / "my.parquet").write_bytes(parquet(rows))
-    [shard] = prepare.prepare(_config(tmp_path / "my.parquet"), tmp_path / "tokens")["splits"][
-        "train"
-    ]
-    assert shard["n_rows"] == 56 and shard["files"] == [
-        [".parquet", "characters replaced", 1, "my.parquet"],
-        [".parquet", "documents left out: no text", 5, "my.parquet"],
-        [".parquet", "documents read", 51, "my.parquet"],
-        [".parquet", "files read", 1, "my.parquet"],
-        [".parquet", "not UTF-8, mended", 1, "my.parquet"],
-    ]
-    kept = _texts(tmp_path / "tokens", "train") + _texts(tmp_path / "tokens", "val")
-    assert sorted(kept) == sorted([*texts(50, seed=0), "caf\ufffd"])
 
 
 @pytest.mark.parametrize("rows", [[""] * 50, ["one"], [["a list"]] * 2])

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,13 +18,6 @@ from llmlib.corpus import open_corpus, read_documents
 from llmlib.tests.hub_server import parquet, peak_kib, write
 
 STORY = "A small fox went out to look at the rain.\nIt came home wet.\n\nThe end.\n"
-
-
-def _zstd(data: bytes) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.CompressedOutputStream(sink, "zstd") as file:
-        file.write(data)
-    return sink.getvalue().to_pybytes()
 
 
 def _read(path: Path, **settings: object) -> tuple[list[str | None], dict]:
@@ -59,7 +53,12 @@ def test_stray_file_changes_no_document_and_is_named(tmp_path, stray):
         _read(tmp_path / "beside" / stray)
 
 
-PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": _zstd}
+PACKERS = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": partial(pa.compress, codec="zstd", asbytes=True),
+}
 
 
 @pytest.mark.parametrize("packed", ["", *PACKERS, "content only"])
@@ -126,12 +125,6 @@ def test_byte_order_mark_tells_the_encoding_and_is_dropped(tmp_path, suffix, enc
     text = {"csv": "text\nnaïve\n", "jsonl": '{"text": "naïve"}\n'}.get(suffix, "naïve")
     found, _ = _read(write(tmp_path, {f"my.{suffix}": text.encode(encoding)}))
     assert found == ["naïve"]
-
-
-def test_replaced_bytes_are_counted(tmp_path):
-    found, met = _read(write(tmp_path, {"a.txt": "Café crème".encode("latin-1"), "b.txt": b"b"}))
-    assert found == ["Caf\ufffd cr\ufffdme", "b"]
-    assert met[".txt", "characters replaced"] == 2
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
@@ -278,6 +271,13 @@ def test_column_of_lists_is_named_for_what_it_is(tmp_path):
     pq.write_table(pa.table({"text": [["a", "b"], ["c"]]}), tmp_path / "my.parquet")
     found, met = _read(tmp_path / "my.parquet")
     assert found == [None, None] and met[".parquet", "documents left out: list"] == 2
+
+
+def test_string_of_parquet_that_is_not_utf8_costs_itself(tmp_path):
+    (tmp_path / "my.parquet").write_bytes(parquet(["a", b"caf\xe9", None, "", "b"]))
+    found, met = _read(tmp_path)
+    assert found == ["a", "caf\ufffd", None, None, "b"]
+    assert met[".parquet", readers.NOT_UTF8] == met[".parquet", "characters replaced"] == 1
 
 
 def test_domain_stands_in_meta_as_object_or_as_json(tmp_path):
