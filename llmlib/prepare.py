@@ -77,7 +77,9 @@ def _write_tokens(config: DataConfig, record: runs.Record) -> Marker:
             f"the corpus holds no text for train or val in {n_rows} documents; bring more text or "
             f"raise test_size. Found: {[marker['files'] for marker in train] or 'nothing'}."
         )
-    how = "by datasets' train_test_split" if order else "the first, one of every 1 / test_size"
+    how = (
+        "by datasets' train_test_split" if order else "the first, and a share of test_size by draws"
+    )
     return {
         "source": source | {"config": to_json(config), "heldout": how},
         "tokenizer": tokenizer.describe(encoding),
@@ -95,21 +97,15 @@ def split_documents(config: DataConfig, texts: Corpus) -> tuple[list[int] | None
     """Say which documents of train are held out: their order (None: as they come), and whether one is.
 
     Where their number is known, those of ``datasets``' shuffled ``train_test_split``. Elsewhere the
-    first, and one of every further ``1 / test_size``: nothing is counted before it is used.
+    first, and each other by a draw of its own: nothing is counted before it is used.
     """
-    if n_documents := texts.source.get("n_documents"):
-        candidates = texts.candidates or range(n_documents)
-        drawn = np.random.default_rng(config.split_seed).permutation(len(candidates))
-        n_test = math.ceil(config.test_size * len(candidates))
-        order = [candidates[i] for i in drawn[:n_test].tolist()]
-        return order, set(order).__contains__
-    every = round(1 / config.test_size)
-
-    def is_heldout(index: int) -> bool:
-        block, place = divmod(index, every)
-        return place == (block and Random(f"{config.split_seed} {block}").randrange(every))
-
-    return None, is_heldout
+    seed, share, n_documents = config.split_seed, config.test_size, texts.source.get("n_documents")
+    if not n_documents:
+        return None, lambda i: i == 0 or Random(f"{seed} {i}").random() < share
+    candidates = texts.candidates or range(n_documents)
+    drawn = np.random.default_rng(seed).permutation(len(candidates))
+    order = [candidates[i] for i in drawn[: math.ceil(share * len(candidates))].tolist()]
+    return order, set(order).__contains__
 
 
 def _sample(texts: Corpus, is_heldout: IsHeldout) -> Iterator[str]:

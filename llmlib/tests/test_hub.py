@@ -135,7 +135,7 @@ def test_of_many_shards_only_those_that_are_used_are_read(hub, tmp_path):
     files["README.md"] = b"---\nlicense: mit\n---\n"  # declares no number of documents
     hub.commit(files)
     source, progress = _prepare(hub, tmp_path, n_tokens=1)
-    assert source["n_documents"] is None and source["heldout"].startswith("the first, one of")
+    assert source["n_documents"] is None and source["heldout"].startswith("the first, and")
     unused = {path for path in files if "train" in path and "train-00000" not in path}
     assert {*hub.downloads()} == {*files} - unused - {"README.md"}
     assert "1/120 [" in progress

@@ -64,8 +64,7 @@ def test_heldout_documents_are_those_of_datasets_in_its_order(n_documents):
 def test_where_documents_are_not_counted_the_first_and_a_share_are_held_out():
     order, is_heldout = prepare.split_documents(DataConfig(test_size=0.01), Corpus([]))
     heldout = [i for i in range(10_000) if is_heldout(i)]
-    assert order is None and heldout[0] == 0 and [i // 100 for i in heldout] == [*range(100)]
-    assert len({i % 100 for i in heldout}) > 50  # drawn, not every hundredth
+    assert order is None and heldout[0] == 0 and 80 < len(heldout) < 120
 
 
 def test_prepared_splits_are_those_of_datasets_document_for_document(pajama, prepared, tmp_path):
