@@ -75,7 +75,7 @@ def _write_tokens(config: DataConfig, record: runs.Record) -> Marker:
     if not n_tokens or not val["n_tokens"]:
         raise ValueError(
             f"the corpus holds no text for train or val in {n_rows} documents; bring more text or "
-            f"raise test_size. Found: {[marker['files'] for marker in train] or 'nothing'}."
+            f"raise test_size. Found: {list(chain(*(m['files'] for m in train)))[:20] or 'nothing'}."
         )
     how = (
         "by datasets' train_test_split" if order else "the first, and a share of test_size by draws"

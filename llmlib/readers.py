@@ -94,7 +94,8 @@ def _text(file: File, value: Any) -> str | None:
     if isinstance(value, bytes):
         value = value.decode(errors="surrogateescape")
     if not isinstance(value, str) or not value:
-        return file.note(f"documents left out: {type(value).__name__ if value else 'no text'}")
+        file.note(f"documents left out: {type(value).__name__ if value else 'no text'}")
+        return None
     file.note("documents read")
     try:
         value.encode()

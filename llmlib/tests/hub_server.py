@@ -159,11 +159,6 @@ def peak_kib(code: str, *arguments: object) -> int:
     return int(out.split("VmHWM:")[1].split()[0])
 
 
-def write_corpus(folder: Path, n_shards: int, n_documents: int) -> Path:
-    """Write a folder in the hub's layout with official splits, and return it."""
-    return write(folder, layout(n_shards, n_documents))
-
-
 def layout(n_shards: int, n_documents: int) -> dict[str, bytes]:
     """Make the files of a small data set in SlimPajama-6B's layout, by path."""
     files = {

@@ -8,7 +8,7 @@ import pytest
 from llmlib import corpus
 from llmlib.config import DataConfig
 from llmlib.corpus import Document, open_corpus, read_documents
-from llmlib.tests.hub_server import parquet, texts, write, write_corpus
+from llmlib.tests.hub_server import layout, parquet, texts, write
 
 
 def _read(path: Path | str) -> list[Document]:
@@ -19,7 +19,7 @@ def _read(path: Path | str) -> list[Document]:
 def test_folder_in_the_hubs_layout_reads_as_datasets_reads_it(tmp_path):
     import datasets
 
-    write_corpus(tmp_path / "hub", n_shards=3, n_documents=150)
+    write(tmp_path / "hub", layout(3, 150))
     opened = open_corpus(DataConfig(corpus=str(tmp_path / "hub")))
     expected = datasets.load_dataset(str(tmp_path / "hub"), cache_dir=str(tmp_path / "cache"))
     assert opened.source == {"revision": None, "n_documents": 450}

@@ -12,7 +12,7 @@ import torch
 from llmlib import data, prepare, runs
 from llmlib.config import DataConfig
 from llmlib.data import Batches, TokenFiles
-from llmlib.tests.hub_server import write_corpus
+from llmlib.tests.hub_server import layout, write
 from llmlib.tokenizer import load_tokenizer
 
 END = 9  # the end-of-text token of the streams below
@@ -40,13 +40,10 @@ def counting(tmp_path: Path) -> TokenFiles:
 
 @pytest.fixture(scope="module")
 def pajama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    hub = write_corpus(tmp_path_factory.mktemp("pajama"), n_shards=4, n_documents=120)
+    hub = write(tmp_path_factory.mktemp("pajama"), layout(4, 120))
     config = DataConfig(corpus=str(hub), tokenizer="bpe", bpe_vocab_size=300, test_size=0.1)
     prepare.prepare(config, hub / "tokens")
     return hub / "tokens"
-
-
-# ---------------------------------------------------------------------- batches
 
 
 def test_epoch_uses_every_window_once_and_the_next_in_another_order(counting):
@@ -95,9 +92,6 @@ def test_prefetched_batches_are_those_read_directly(counting, device):
     n_threads = threading.active_count()
     ahead.close()
     assert threading.active_count() == n_threads - 1
-
-
-# ---------------------------------------------------------------------- splits
 
 
 def test_windows_of_a_split_follow_each_other_or_are_spread_over_it(tmp_path):

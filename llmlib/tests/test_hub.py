@@ -77,7 +77,7 @@ def test_damaged_shard_is_named_and_a_mended_server_completes_the_same_revision(
     _assert_same_as_local(tmp_path, files, n_tokens=30_000)
 
 
-def test_subset_of_a_pinned_revision_is_read_alone(hub, tmp_path):
+def test_subsets_are_listed_and_one_of_a_pinned_revision_is_read_alone(hub, tmp_path):
     sample = {
         f"data/sample-10BT/{i:03d}_00000.parquet": hub_server.parquet(hub_server.texts(200, seed=i))
         for i in range(2)
@@ -90,6 +90,8 @@ def test_subset_of_a_pinned_revision_is_read_alone(hub, tmp_path):
     readme = f"---\n{json.dumps({'configs': configs})}\n---\n".encode()
     pinned = hub.commit(sample | others | {"README.md": readme})
     hub.commit(hub_server.layout(n_shards=1, n_documents=10))
+    _, message = _prepare(hub, tmp_path / "no subset", revision=pinned)
+    assert "['full', 'sample-10BT']" in message and "-p subset" in message
     source, _ = _prepare(hub, tmp_path, subset="sample-10BT", revision=pinned)
     assert (source["revision"], source["n_documents"]) == (pinned, None)
     assert not any("data/full" in path for path in hub.downloads())
@@ -110,24 +112,13 @@ def test_data_set_that_has_gone_or_is_gated_is_told_with_the_remedy(hub, tmp_pat
 
 
 def test_data_set_with_a_script_is_read_from_its_parquet_branch(hub, tmp_path):
-    files = {
-        f"default/train/000{i}.parquet": hub_server.parquet(hub_server.texts(100, i))
-        for i in (0, 1)
-    }
+    files = {f"train/{i}.parquet": hub_server.parquet(hub_server.texts(100, i)) for i in (0, 1)}
     hub.branches["refs/convert/parquet"] = hub.commit(files)
     hub.commit({"pajama.py": b"import datasets", "README.md": b"A script."})
     _, message = _prepare(hub, tmp_path)
     assert "-p revision refs/convert/parquet" in message
     source, _ = _prepare(hub, tmp_path / "again", revision="refs/convert/parquet")
     assert source["revision"] == hub.branches["refs/convert/parquet"]
-
-
-def test_subsets_are_listed_where_none_is_chosen(hub, tmp_path):
-    configs = [{"config_name": name, "data_files": f"{name}/*"} for name in ("en", "de")]
-    readme = f"---\n{json.dumps({'configs': configs})}\n---\n".encode()
-    hub.commit({"README.md": readme, "en/0.jsonl": b"", "de/0.jsonl": b""})
-    _, message = _prepare(hub, tmp_path)
-    assert "['en', 'de']" in message and "-p subset" in message
 
 
 def test_of_many_shards_only_those_that_are_used_are_read(hub, tmp_path):

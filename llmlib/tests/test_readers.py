@@ -32,9 +32,6 @@ def _rows(*values: object) -> bytes:
     return "".join(json.dumps({"text": value}) + "\n" for value in values).encode()
 
 
-# ---------------------------------------------------------------------- formats
-
-
 @pytest.mark.parametrize(
     "stray",
     ["index.json", "page.html", "cat.png", "notes.ipynb", "empty.pdf", "a.arrow", "a.tar.gz"],
@@ -102,9 +99,7 @@ def test_what_no_reader_should_open_is_named(tmp_path):
     found, met = _read(tmp_path)
     assert sorted(found) == ["a", "c", "d"]
     left_out = {key: n for key, n in met.items() if "left out" in key[1]}
-    hidden, no_file = (
-        f"files left out: {why}" for why in ("hidden", "a link to a folder, or not a file")
-    )
+    hidden, no_file = "files left out: hidden", "files left out: a link to a folder, or not a file"
     expected = {("no extension", hidden): 1, (".csv", hidden): 1}
     assert left_out == expected | {("no extension", no_file): 1, (".txt", no_file): 2}
 
@@ -114,9 +109,6 @@ def test_pointer_of_git_lfs_is_recognised(tmp_path, name):
     pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 146946961\n"
     with pytest.raises(ValueError, match=r"git-lfs pointer, .*; run git lfs pull"):
         _read(write(tmp_path, {name: pointer}))
-
-
-# ---------------------------------------------------------------------- plain text
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
@@ -179,9 +171,6 @@ def test_memory_does_not_grow_with_the_file(tmp_path, name):
         (tmp_path / name).write_bytes(gzip.compress(text, 1) if "gz" in name else text)
         peaks.append(peak_kib(READ, tmp_path / name, n_mb))
     assert peaks[1] - peaks[0] < 30_000, peaks
-
-
-# ---------------------------------------------------------------------- rows
 
 
 @pytest.mark.parametrize(
