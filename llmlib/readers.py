@@ -71,10 +71,13 @@ class File:
     def __post_init__(self) -> None:
         match = SUFFIX.search(self.name.name.lower())
         self.kind, self.suffix = match.group(0, 1) if match else ("no extension", "")
+        # What is shown and stored is Unicode, whatever bytes the file system allows.
+        shown = (s.encode(errors="replace").decode() for s in (str(self.name), self.domain))
+        self.example, self.domain = shown
 
     def note(self, what: str, n: int = 1) -> None:
         """Count something that was met; the first file of its kind is the example."""
-        self.tally.setdefault((self.kind, what), [0, str(self.name)])[0] += n
+        self.tally.setdefault((self.kind, what), [0, self.example])[0] += n
 
 
 def read_file(file: File) -> Iterator[Document]:

@@ -204,11 +204,11 @@ def test_manifest_tells_what_was_read_and_left_out(tmp_path):
     write(tmp_path / "my", files | {"b.html": b"<p>", "a.html": b"<p>", "c.txt": b"caf\xe9"})
     manifest = prepare.prepare(_config(tmp_path / "my"), tmp_path / "tokens")
     assert analysis.file_table(manifest).to_numpy().tolist() == [
-        [".html", "files left out: markup", 2, "a.html"],
-        [".txt", "characters replaced", 1, "c.txt"],
-        [".txt", "documents read", 301, "0.txt"],
-        [".txt", "files read", 301, "0.txt"],
-        [".txt", "not UTF-8, mended", 1, "c.txt"],
+        ["characters replaced", ".txt", 1, "c.txt"],
+        ["documents read", ".txt", 301, "0.txt"],
+        ["files left out: markup", ".html", 2, "a.html"],
+        ["files read", ".txt", 301, "0.txt"],
+        ["not UTF-8, mended", ".txt", 1, "c.txt"],
     ]
     with pytest.raises(ValueError, match=r"in 0 documents.*\.html', 'files left out: markup', 1"):
         prepare.prepare(_config(write(tmp_path / "none", {"b.html": b"<p>"})), tmp_path / "no")

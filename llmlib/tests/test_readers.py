@@ -95,13 +95,16 @@ def test_what_no_reader_should_open_is_named(tmp_path):
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "gone.txt").symlink_to("nowhere")
-    (tmp_path / os.fsdecode(b"caf\xe9.txt")).write_text("d")
+    write(tmp_path / os.fsdecode(b"caf\xe9"), {os.fsdecode(b"d\xe9.rst"): b"d"})
     found, met = _read(tmp_path)
     assert sorted(found) == ["a", "c", "d"]
     left_out = {key: n for key, n in met.items() if "left out" in key[1]}
     hidden, no_file = "files left out: hidden", "files left out: a link to a folder, or not a file"
     expected = {("no extension", hidden): 1, (".csv", hidden): 1}
     assert left_out == expected | {("no extension", no_file): 1, (".txt", no_file): 2}
+    [shard], tally = open_corpus(DataConfig(corpus=str(tmp_path))).train, {}
+    assert {d.domain for d in read_documents(shard, tally)} == {"top level", "b", "caf?"}
+    assert tally[".rst", "files read"] == [1, "caf?/d?.rst"]
 
 
 @pytest.mark.parametrize("name", ["story.txt", "train-00000-of-00001.parquet", "a.jsonl"])
