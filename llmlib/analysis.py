@@ -93,8 +93,12 @@ def split_table(manifest: dict[str, Any]) -> pd.DataFrame:
 
 
 def file_table(manifest: dict[str, Any]) -> pd.DataFrame:
-    """Tell per kind of file what ``prepare`` read, mended and left out; empty for older tokens."""
-    return pd.DataFrame(manifest.get("files", []), columns=["kind", "what", "count", "example"])
+    """Tell what ``prepare`` read, mended and left out, per kind of file, with the first of each."""
+    rows = [
+        row for shards in manifest["splits"].values() for s in shards for row in s.get("files", [])
+    ]
+    table = pd.DataFrame(rows, columns=["kind", "what", "count", "first"])
+    return table.groupby(["what", "kind"], as_index=False).agg({"count": "sum", "first": "first"})
 
 
 def domain_scores(scores: dict[str, dict[str, float]], split: list[dict[str, Any]]) -> pd.DataFrame:

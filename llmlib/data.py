@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import combinations
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -57,8 +56,8 @@ def open_split(tokens_dir: Path, split: str) -> TokenFiles:
     for path, length in lengths.items():
         if not path.exists() or path.stat().st_size != length * np.dtype(dtype).itemsize:
             raise ValueError(
-                f"{path.name} is missing or has another size than its manifest says; "
-                "run 01_data_prep with verify=True, which rebuilds it."
+                f"{path} is missing or has another size than its manifest says; delete "
+                f"manifest.json and {path.stem}.json beside it and run 01_data_prep, which rebuilds it."
             )
     return TokenFiles([*lengths], [*lengths.values()], dtype)
 
@@ -103,18 +102,15 @@ def prefetch(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield batches from ``step`` on, preparing the next one while the device computes."""
 
-    def load(step: int) -> tuple[Tensor, ...]:
+    def load(step: int) -> list[Tensor]:
         both = batches.batch(step, rank=rank, world_size=world_size)
-        pins = ABILITIES[device.type].pins_memory
-        return tuple(t.pin_memory() for t in both) if pins else both
+        return [t.pin_memory() if ABILITIES[device.type].pins_memory else t for t in both]
 
     with ThreadPoolExecutor(1) as pool:
         ahead = pool.submit(load, step)
-        while True:
-            step += 1
-            inputs, targets = ahead.result()
-            ahead = pool.submit(load, step)
-            yield inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        for following in count(step + 1):
+            both, ahead = ahead.result(), pool.submit(load, following)
+            yield tuple(t.to(device, non_blocking=True) for t in both)
 
 
 def eval_windows(
@@ -155,17 +151,14 @@ def documents(tokens_dir: Path, split: str) -> Iterator[np.ndarray]:
 def domain_windows(tokens_dir: Path, seq_len: int) -> dict[str, np.ndarray]:
     """Cut each domain of "val" into windows; one too small for a window is left out."""
     [val], parts = load_manifest(tokens_dir)["splits"]["val"], defaultdict(list)
-    for entry, tokens in zip(val["documents"], documents(tokens_dir, "val"), strict=True):
-        parts[entry[1]].append(tokens)
+    for domain, tokens in zip(val["documents"], documents(tokens_dir, "val"), strict=True):
+        parts[domain].append(tokens)
     windows = {d: _windows(np.concatenate(found), seq_len) for d, found in sorted(parts.items())}
     return {domain: found for domain, found in windows.items() if len(found)}
 
 
-def shared_documents(tokens_dir: Path) -> pd.DataFrame:
-    """Count the documents (by the hash of their tokens) of one split that another one holds too."""
-    hashes = {
-        split: {hashlib.blake2b(d, digest_size=16).digest() for d in documents(tokens_dir, split)}
-        for split in load_manifest(tokens_dir)["splits"]
-    }
-    rows = [(a, b, len(hashes[a] & hashes[b])) for a, b in combinations(hashes, 2)]
-    return pd.DataFrame(rows, columns=["split", "other", "n_shared"])
+def shared_with_val(tokens_dir: Path) -> dict[str, int]:
+    """Count the documents of "val" that another split holds too, token for token."""
+    splits = load_manifest(tokens_dir)["splits"]
+    held = {split: {hash(d.tobytes()) for d in documents(tokens_dir, split)} for split in splits}
+    return {split: len(held["val"] & held[split]) for split in splits if split != "val"}

@@ -27,9 +27,9 @@ def load_tiktoken(name: str) -> tiktoken.Encoding:
         return tiktoken.get_encoding(name)
     except Exception as error:  # unknown, or no network, which has many names
         raise ValueError(
-            f"tokenizer={name!r} could not be loaded ({type(error).__name__}); choose 'bpe' (train one "
-            f"on the corpus) or one of {', '.join(tiktoken.list_encoding_names())}. Without a network, "
-            "set TIKTOKEN_CACHE_DIR to tiktoken's cache folder of a machine that has one."
+            f"tokenizer={name!r} could not be loaded ({type(error).__name__}); choose 'bpe' or one of "
+            f"{', '.join(tiktoken.list_encoding_names())}. Without a network, set TIKTOKEN_CACHE_DIR "
+            "to tiktoken's cache folder of a machine that has one."
         ) from error
 
 

@@ -12,7 +12,7 @@ import torch
 from llmlib import data, prepare, runs
 from llmlib.config import DataConfig
 from llmlib.data import Batches, TokenFiles
-from llmlib.tests.hub_server import write_corpus
+from llmlib.tests.hub_server import layout, write
 from llmlib.tokenizer import load_tokenizer
 
 END = 9  # the end-of-text token of the streams below
@@ -40,13 +40,10 @@ def counting(tmp_path: Path) -> TokenFiles:
 
 @pytest.fixture(scope="module")
 def pajama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    hub = write_corpus(tmp_path_factory.mktemp("pajama"), n_shards=4, n_documents=120)
+    hub = write(tmp_path_factory.mktemp("pajama"), layout(4, 120))
     config = DataConfig(corpus=str(hub), tokenizer="bpe", bpe_vocab_size=300, test_size=0.1)
     prepare.prepare(config, hub / "tokens")
     return hub / "tokens"
-
-
-# ---------------------------------------------------------------------- batches
 
 
 def test_epoch_uses_every_window_once_and_the_next_in_another_order(counting):
@@ -97,18 +94,6 @@ def test_prefetched_batches_are_those_read_directly(counting, device):
     assert threading.active_count() == n_threads - 1
 
 
-def test_error_while_prefetching_reaches_the_reader(counting):
-    ahead = data.prefetch(Batches(counting, 32, 6), 0, torch.device("cpu"))
-    next(ahead)
-    for path in counting.files:
-        path.unlink()
-    with pytest.raises(FileNotFoundError):
-        list(ahead)
-
-
-# ---------------------------------------------------------------------- splits
-
-
 def test_windows_of_a_split_follow_each_other_or_are_spread_over_it(tmp_path):
     windows = data.eval_windows(_prepared(tmp_path, val=np.arange(1001)), "val", 10)
     assert windows.tolist() == [list(range(s, s + 11)) for s in range(0, 1000, 10)]
@@ -144,9 +129,7 @@ def test_mistakes_are_named_with_the_remedy(pajama, counting, tmp_path):
         data.open_split(tmp_path, "val")
 
 
-def test_documents_in_two_splits_are_counted(pajama, tmp_path):
-    assert data.shared_documents(pajama)["n_shared"].tolist() == [0] * 6
+def test_documents_of_val_in_another_split_are_counted(tmp_path):
     val, train = [1, 2, END, 3, END], [3, END, 3, END, 2, END, 1, 2, 3, END]
-    found = data.shared_documents(_prepared(tmp_path, train=train, val=val, test=[3, END]))
-    expected = [("train", "val", 1), ("train", "test", 1), ("val", "test", 1)]
-    assert list(found.itertuples(index=False, name=None)) == expected
+    _prepared(tmp_path, train=train, val=val, test=[*val, 4, END])
+    assert data.shared_with_val(tmp_path) == {"train": 1, "test": 2}

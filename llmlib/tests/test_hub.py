@@ -17,10 +17,9 @@ SETTINGS = {"corpus": "me/pajama", "tokenizer": "bpe", "bpe_vocab_size": 300, "t
 PREPARE = """
 import json, sys
 from pathlib import Path
-import huggingface_hub.constants
 from llmlib import prepare
 from llmlib.config import DataConfig
-huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1000  # so that a part arrives before the drop
+prepare.BPE_TRAINING_CHARACTERS = 10_000  # of the first shard
 try:
     prepare.prepare(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]))
 except ValueError as error:
@@ -29,7 +28,8 @@ except ValueError as error:
 
 
 @pytest.fixture
-def hub() -> Iterator[hub_server.Hub]:
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.Hub]:
+    monkeypatch.setattr(prepare, "BPE_TRAINING_CHARACTERS", 10_000)
     with hub_server.serve() as server:
         yield server
 
@@ -70,17 +70,14 @@ def test_damaged_shard_is_named_and_a_mended_server_completes_the_same_revision(
     hub.commit(hub_server.layout(n_shards=1, n_documents=10))  # must not matter
     hub.cut_to.clear()
     hub.log.clear()
-    hub.drop_after[second] = 5000
     source, _ = _prepare(hub, tmp_path, n_tokens=30_000)
     assert source["revision"] == newest
     assert (tmp_path / "tokens" / "train-00000.bin").stat().st_mtime_ns == was_written
     assert not {first, *others} & {*hub.downloads()}  # the first is at hand, others not needed
-    ranges = [wanted for _, path, wanted in hub.log if path.endswith(second) and wanted]
-    assert ranges == ["bytes=5000-"]  # resumed where the connection dropped
     _assert_same_as_local(tmp_path, files, n_tokens=30_000)
 
 
-def test_subset_of_a_pinned_revision_is_counted_from_footers(hub, tmp_path):
+def test_subsets_are_listed_and_one_of_a_pinned_revision_is_read_alone(hub, tmp_path):
     sample = {
         f"data/sample-10BT/{i:03d}_00000.parquet": hub_server.parquet(hub_server.texts(200, seed=i))
         for i in range(2)
@@ -93,21 +90,44 @@ def test_subset_of_a_pinned_revision_is_counted_from_footers(hub, tmp_path):
     readme = f"---\n{json.dumps({'configs': configs})}\n---\n".encode()
     pinned = hub.commit(sample | others | {"README.md": readme})
     hub.commit(hub_server.layout(n_shards=1, n_documents=10))
+    _, message = _prepare(hub, tmp_path / "no subset", revision=pinned)
+    assert "['full', 'sample-10BT']" in message and "-p subset" in message
     source, _ = _prepare(hub, tmp_path, subset="sample-10BT", revision=pinned)
-    assert (source["revision"], source["n_documents"]) == (pinned, 400)
+    assert (source["revision"], source["n_documents"]) == (pinned, None)
     assert not any("data/full" in path for path in hub.downloads())
     _assert_same_as_local(tmp_path, sample | {"README.md": b"---\nlicense: mit\n---\n"})
 
 
-def test_rows_of_a_csv_data_set_are_documents(hub, tmp_path):
-    rows = [f"line {i}, and\nanother" for i in range(100)]
-    csv = "id,text\n" + "".join(f'{i},"{text}"\n' for i, text in enumerate(rows))
-    hub.commit({"README.md": b"A table.", "data/train.csv": csv.encode()})
-    _prepare(hub, tmp_path)
-    _assert_same_as_local(tmp_path, {"train.parquet": hub_server.parquet(rows)})
-
-
-def test_for_a_data_set_that_has_gone_the_nearest_one_is_named(hub, tmp_path):
+@pytest.mark.parametrize(
+    ("refusal", "parts"),
+    [
+        ("RepoNotFound", ("'me/pajama' could not be opened", corpus.NEAREST, "do not compare")),
+        ("GatedRepo", ("is a gated dataset", "hf auth login")),
+    ],
+)
+def test_data_set_that_has_gone_or_is_gated_is_told_with_the_remedy(hub, tmp_path, refusal, parts):
+    hub.refusal = refusal
     _, message = _prepare(hub, tmp_path)
-    for part in ("'me/pajama' could not be opened", corpus.NEAREST, "losses do not compare"):
-        assert part in message
+    assert all(part in message for part in parts)
+
+
+def test_data_set_with_a_script_is_read_from_its_parquet_branch(hub, tmp_path):
+    files = {f"train/{i}.parquet": hub_server.parquet(hub_server.texts(100, i)) for i in (0, 1)}
+    hub.branches["refs/convert/parquet"] = hub.commit(files)
+    hub.commit({"pajama.py": b"import datasets", "README.md": b"A script."})
+    _, message = _prepare(hub, tmp_path)
+    assert "-p revision refs/convert/parquet" in message
+    source, _ = _prepare(hub, tmp_path / "again", revision="refs/convert/parquet")
+    assert source["revision"] == hub.branches["refs/convert/parquet"]
+
+
+def test_of_many_shards_only_those_that_are_used_are_read(hub, tmp_path):
+    files = hub_server.layout(n_shards=120, n_documents=60)
+    files["README.md"] = b"---\nlicense: mit\n---\n"  # declares no number of documents
+    hub.commit(files)
+    source, progress = _prepare(hub, tmp_path, n_tokens=1)
+    assert source["n_documents"] is None and source["heldout"].startswith("the first, and")
+    unused = {path for path in files if "train" in path and "train-00000" not in path}
+    assert {*hub.downloads()} == {*files} - unused - {"README.md"}
+    assert "1/120 [" in progress
+    _assert_same_as_local(tmp_path, files, n_tokens=1)

@@ -1,23 +1,22 @@
 """Tokens on disk: the right ones, whatever happens on the way."""
 
+import contextlib
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from llmlib import corpus, data, prepare, runs
+from llmlib import analysis, corpus, data, prepare, runs
 from llmlib.config import DataConfig, to_json
-from llmlib.tests.hub_server import parquet, texts, write, write_corpus
+from llmlib.corpus import Corpus
+from llmlib.tests.hub_server import layout, peak_kib, texts, write
 from llmlib.tokenizer import load_tokenizer
-
-SHARED = runs.ROOT.parent / "shared"
 
 
 def _config(folder: Path, **settings: object) -> DataConfig:
@@ -39,7 +38,7 @@ def _texts(folder: Path, split: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pajama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("pajama"), n_shards=4, n_documents=120)
+    return write(tmp_path_factory.mktemp("pajama"), layout(4, 120))
 
 
 @pytest.fixture(scope="module")
@@ -49,16 +48,20 @@ def prepared(pajama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------- the split
-
-
 @pytest.mark.parametrize("n_documents", [2, 1999, 2001, 50_000])
 def test_heldout_documents_are_those_of_datasets_in_its_order(n_documents):
     import datasets
 
     table = datasets.Dataset.from_dict({"index": range(n_documents)})
     expected = table.train_test_split(test_size=0.0005, seed=2357, shuffle=True)["test"]["index"]
-    assert prepare.heldout_documents(n_documents, 0.0005, 2357) == list(expected)
+    texts = Corpus([], source={"n_documents": n_documents})
+    assert prepare.split_documents(DataConfig(), texts)[0] == list(expected)
+
+
+def test_where_documents_are_not_counted_the_first_and_a_share_are_held_out():
+    order, is_heldout = prepare.split_documents(DataConfig(test_size=0.01), Corpus([]))
+    heldout = [i for i in range(10_000) if is_heldout(i)]
+    assert order is None and heldout[0] == 0 and 80 < len(heldout) < 120
 
 
 def test_prepared_splits_are_those_of_datasets_document_for_document(pajama, prepared, tmp_path):
@@ -81,33 +84,31 @@ def test_manifest_counts_documents_bytes_and_tokens_per_domain(pajama, prepared)
             found.update({(domain, key): counts[key] for key in ("documents", "bytes")})
     for shard in corpus.open_corpus(_config(pajama)).train:
         for d in corpus.read_documents(shard):
-            expected.update({(d.domain, "documents"): 1, (d.domain, "bytes"): len(d.raw)})
+            n_bytes = len(d.text.encode())
+            expected.update({(d.domain, "documents"): 1, (d.domain, "bytes"): n_bytes})
     assert found == expected
     assert [shard["n_rows"] for shard in splits["train"]] == [120] * 4
 
 
 def test_workers_and_job_size_do_not_change_a_byte(pajama, prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare, "DOCUMENTS_PER_JOB", 7)
+    monkeypatch.setattr(prepare, "CHARACTERS_PER_JOB", 1000)
     monkeypatch.setattr(runs, "n_cores", lambda: 5)
     prepare.prepare(_config(pajama), tmp_path)
     assert _files(tmp_path) == _files(prepared)
 
 
-# ---------------------------------------------------------------------- resuming
-
-
-SLOWLY = """
-import json, sys, time
+KILLED = """
+import json, os, signal, sys
 from pathlib import Path
 from llmlib import corpus, prepare
 from llmlib.config import DataConfig
 read = corpus.read_documents
-def slow(shard, tally=None):
-    for document in read(shard, tally):
-        time.sleep(0.003)
+def read_and_die(shard, tally=None):
+    for i, document in enumerate(read(shard, tally)):
+        if tally is not None and (shard.name, i) == (sys.argv[3], 60):
+            os.kill(os.getpid(), signal.SIGKILL)
         yield document
-corpus.read_documents = slow
-prepare.DOCUMENTS_PER_JOB = 4
+corpus.read_documents = read_and_die
 prepare.prepare(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]))
 """
 
@@ -115,73 +116,56 @@ prepare.prepare(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]))
 def test_run_that_is_killed_again_and_again_ends_byte_identical(pajama, prepared, tmp_path):
     folder, config = tmp_path / "tokens", json.dumps(to_json(_config(pajama)))
     for n_done in (1, 3):
-        markers, started = set(folder.glob("train-*.json")), time.time_ns()
-        command = [sys.executable, "-c", SLOWLY, config, str(folder)]
-        child = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        being_written = folder / f".train-{n_done:05d}.bin.tmp"
-        while not (being_written.exists() and being_written.stat().st_mtime_ns > started):
-            assert child.poll() is None
-            time.sleep(0.001)
-        child.kill()
-        assert child.wait() == -signal.SIGKILL
-        assert markers <= set(folder.glob("train-*.json"))  # finished shards are not lost
-    prepare.prepare(DataConfig(**json.loads(config)), folder)
+        command = [sys.executable, "-c", KILLED, config, str(folder), f"train-{n_done:05d}"]
+        assert subprocess.run(command).returncode == -signal.SIGKILL
+        assert len([*folder.glob("train-*.json")]) == n_done
+        assert (folder / f".train-{n_done:05d}.bin.tmp").exists()
+    prepare.prepare(_config(pajama), folder)
     assert _files(folder) == _files(prepared)
 
 
 def test_crash_before_or_after_any_rename_is_mended_by_the_next_run(
     pajama, prepared, tmp_path, monkeypatch
 ):
-    replace, n_crashes = os.replace, 0
+    replace, n_renames = (
+        os.replace,
+        4 + (4 + 2) * 2 + 2,
+    )  # six shards and their markers, among others
     monkeypatch.setattr(runs, "environment", dict)  # which takes longer than all the rest
-    while True:
-        n_left = n_crashes // 2
+    for n in range(2 * n_renames + 1):
+        moments, folder = itertools.count(), tmp_path / str(n)
 
         def crash(source: Path, target: Path) -> None:
-            nonlocal n_left
-            n_left -= 1
-            if n_left < 0 and n_crashes % 2 == 0:
-                raise KeyboardInterrupt
-            replace(source, target)
-            if n_left < 0:
-                raise KeyboardInterrupt
+            for rename in (lambda: None, lambda: replace(source, target)):
+                rename()
+                if next(moments) == n:
+                    raise KeyboardInterrupt
 
-        folder = tmp_path / str(n_crashes)
-        monkeypatch.setattr(os, "replace", crash)
-        try:
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(os, "replace", crash)
             prepare.prepare(_config(pajama), folder)
-        except KeyboardInterrupt:
-            n_crashes += 1
-        else:
-            break
-        finally:
-            monkeypatch.setattr(os, "replace", replace)
+            assert n == 2 * n_renames
         prepare.prepare(_config(pajama), folder)
         assert _files(folder) == _files(prepared)
-    assert n_crashes == 2 * (4 + 4 * 3 + 2 * 2 + 2)  # four shards with val and marker, among others
 
 
-@pytest.mark.parametrize(
-    "name", ["train-00002.bin", "train-00001.val.bin", "val.bin", "validation-00000.bin"]
-)
-@pytest.mark.parametrize("damage", ["truncated", "altered", "deleted"])
+@pytest.mark.parametrize("name", ["train-00002", "val", "validation-00000"])
+@pytest.mark.parametrize("damage", ["truncated", "deleted"])
 def test_damaged_file_is_named_and_alone_rebuilt(pajama, prepared, tmp_path, name, damage):
-    for file, content in _files(prepared).items():
-        (tmp_path / file).write_bytes(content)
-    assert prepare.verify(tmp_path) == []
-    path, content = tmp_path / name, (tmp_path / name).read_bytes()
-    if damage == "deleted":
-        path.unlink()
-    else:
-        altered = bytes([content[0] ^ 1]) + content[1:]
-        path.write_bytes(content[:-2] if damage == "truncated" else altered)
-    written = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*-*.bin")}
-    assert prepare.verify(tmp_path) == [name]
+    write(tmp_path, _files(prepared))
+    path, content = tmp_path / f"{name}.bin", (tmp_path / f"{name}.bin").read_bytes()
+    path.unlink()
+    if damage == "truncated":
+        path.write_bytes(content[:-2])
+    written = {p.stem: p.stat().st_mtime_ns for p in tmp_path.glob("*-*.bin")}
+    with pytest.raises(ValueError, match=rf"{name}\.bin is .*delete .* and {name}\.json"):
+        data.open_split(tmp_path, name.split("-")[0])
+    for marker in ("manifest", name):
+        (tmp_path / f"{marker}.json").unlink(missing_ok=True)
     prepare.prepare(_config(pajama), tmp_path)
     assert _files(tmp_path) == _files(prepared)
-    now = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("*-*.bin")}
-    rebuilt = {n.split(".")[0] for n in now if now[n] != written.get(n)}
-    assert rebuilt == {name.split(".")[0]} - {"val"}
+    now = {p.stem: p.stat().st_mtime_ns for p in tmp_path.glob("*-*.bin")}
+    assert {n for n in now if now[n] != written.get(n)} == {name} - {"val"}
 
 
 def test_other_config_and_a_second_process_are_refused(pajama, prepared, tmp_path):
@@ -189,9 +173,6 @@ def test_other_config_and_a_second_process_are_refused(pajama, prepared, tmp_pat
         prepare.prepare(_config(pajama, bpe_vocab_size=301), prepared)
     with runs.lock(tmp_path), pytest.raises(runs.Locked):
         prepare.prepare(_config(pajama), tmp_path)
-
-
-# ---------------------------------------------------------------------- how much, and bad input
 
 
 def test_n_tokens_stops_after_the_shard_that_reaches_it(pajama, prepared, tmp_path):
@@ -203,25 +184,15 @@ def test_n_tokens_stops_after_the_shard_that_reaches_it(pajama, prepared, tmp_pa
     assert _texts(tmp_path, "val") == [t for t in everything if t.split("-")[0] in ("0", "1")]
 
 
-def test_null_empty_and_invalid_documents_are_counted(tmp_path):
-    rows = [*texts(50, seed=0), None, "", "", b"caf\xe9", None, None]
-    (tmp_path / "my.parquet").write_bytes(parquet(rows))
-    splits = prepare.prepare(_config(tmp_path / "my.parquet"), tmp_path / "tokens")["splits"]
-    [shard] = splits["train"]
-    assert shard["skipped"] == {"null": 3, "empty": 2, "invalid_utf8": 1}
-    kept = _texts(tmp_path / "tokens", "train") + _texts(tmp_path / "tokens", "val")
-    assert shard["n_rows"] == 56 and sorted(kept) == sorted([*texts(50, seed=0), "caf\ufffd"])
-
-
-def test_corpus_without_text_for_both_splits_is_refused(tmp_path):
-    for rows, message in (([""] * 50, "holds no text"), (["one"], r"has 1 document\(s\); train")):
-        (tmp_path / "my.parquet").write_bytes(parquet(rows))
-        with pytest.raises(ValueError, match=message):
-            prepare.prepare(_config(tmp_path / "my.parquet"), tmp_path / str(len(rows)))
+@pytest.mark.parametrize("rows", [[""] * 50, ["one"], [["a list"]] * 2])
+def test_corpus_without_text_for_both_splits_is_refused(tmp_path, rows):
+    (tmp_path / "my.jsonl").write_text("".join(f"{json.dumps({'text': row})}\n" for row in rows))
+    with pytest.raises(ValueError, match=r"holds no text for train or val .*Found: .*\.jsonl.*"):
+        prepare.prepare(_config(tmp_path / "my.jsonl"), tmp_path / "tokens")
 
 
 def test_corpus_whose_declared_size_is_wrong_is_refused(tmp_path):
-    hub = write_corpus(tmp_path / "hub", n_shards=2, n_documents=50)
+    hub = write(tmp_path / "hub", layout(2, 50))
     readme = (hub / "README.md").read_text()
     (hub / "README.md").write_text(readme.replace('examples": 100', 'examples": 101'))
     with pytest.raises(ValueError, match="declares 101 documents but holds 100"):
@@ -232,39 +203,37 @@ def test_manifest_tells_what_was_read_and_left_out(tmp_path):
     files = {f"{i}.txt": text.encode() for i, text in enumerate(texts(300, seed=0))}
     write(tmp_path / "my", files | {"b.html": b"<p>", "a.html": b"<p>", "c.txt": b"caf\xe9"})
     manifest = prepare.prepare(_config(tmp_path / "my"), tmp_path / "tokens")
-    assert manifest["files"] == [
-        [".html", "files left out: markup", 2, "a.html"],
-        [".txt", "bytes replaced", 1, "c.txt"],
-        [".txt", "documents mended: not UTF-8", 1, "c.txt"],
-        [".txt", "files read", 301, ""],
+    assert analysis.file_table(manifest).to_numpy().tolist() == [
+        ["characters replaced", ".txt", 1, "c.txt"],
+        ["documents read", ".txt", 301, "0.txt"],
+        ["files left out: markup", ".html", 2, "a.html"],
+        ["files read", ".txt", 301, "0.txt"],
+        ["not UTF-8, mended", ".txt", 1, "c.txt"],
     ]
-    with pytest.raises(ValueError, match=r"has 0 document.*\.html files left out: markup: 1"):
-        write(tmp_path / "none", {"b.html": b"<p>"})
-        prepare.prepare(_config(tmp_path / "none"), tmp_path / "no tokens")
+    with pytest.raises(ValueError, match=r"in 0 documents.*\.html', 'files left out: markup', 1"):
+        prepare.prepare(_config(write(tmp_path / "none", {"b.html": b"<p>"})), tmp_path / "no")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"in 0 documents.*Found: nothing"):
+        prepare.prepare(_config(tmp_path / "empty"), tmp_path / "nothing")
 
 
-PEAK = """
+PREPARE = """
 import json, sys
 from pathlib import Path
 from llmlib import prepare
 from llmlib.config import DataConfig
-prepare.BPE_TRAINING_BYTES = 1_000_000
+prepare.BPE_TRAINING_CHARACTERS = 1_000_000
 prepare.prepare(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]))
-[line] = [x for x in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in x]
-print(line.split()[1])
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_memory_of_preparation_does_not_grow_with_a_text_without_line_ends(tmp_path):
     peaks = []
     for n_mb in (16, 64):
         (tmp_path / "one_line.txt").write_bytes(b"word " * (n_mb * 200_000))
         config = json.dumps(to_json(_config(tmp_path / "one_line.txt", test_size=0.01)))
-        command = [sys.executable, "-c", PEAK, config, str(tmp_path / str(n_mb))]
-        out = subprocess.run(command, capture_output=True, text=True, check=True)
+        peaks.append(peak_kib(PREPARE, config, tmp_path / str(n_mb)))
         assert data.load_manifest(tmp_path / str(n_mb))["n_tokens"] > n_mb * 190_000
-        peaks.append(int(out.stdout))
     assert peaks[1] - peaks[0] < 30_000, peaks
 
 
@@ -275,43 +244,15 @@ def test_text_of_another_encoding_is_refused_by_name(tmp_path):
         prepare.prepare(_config(write(tmp_path / "my", files)), tmp_path / "tokens")
 
 
-def test_beyond_many_shards_documents_are_held_out_of_those_that_are_used(tmp_path, monkeypatch):
-    hub = write_corpus(tmp_path / "hub", n_shards=4, n_documents=120)
-    (hub / "README.md").unlink()
-    monkeypatch.setattr(prepare, "MANY_SHARDS", 3)
-    monkeypatch.setattr(corpus, "count_documents", None)  # nobody counts
-    manifest = prepare.prepare(_config(hub, n_tokens=1), tmp_path / "tokens")
-    assert manifest["source"]["heldout"].endswith("from the shards that are used")
-    train, val = (_texts(tmp_path / "tokens", split) for split in ("train", "val"))
-    assert sorted(train + val) == sorted(texts(120, seed=0)) and 2 <= len(val) <= 15
-
-
 def test_own_sources_that_change_on_the_way_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare.Writer, "write_split", lambda *_: 1 / 0)
+    monkeypatch.setattr(prepare, "BPE_TRAINING_CHARACTERS", 10_000)
     config = DataConfig(corpus="stdlib", tokenizer="bpe", bpe_vocab_size=257)
     with pytest.raises(ZeroDivisionError):
         prepare.prepare(config, tmp_path)
     source = runs.read_json(tmp_path / "source.json")
-    source["about"]["sha256"] = "another"
-    runs.write_json(tmp_path / "source.json", source)
-    with pytest.raises(ValueError, match=r"have changed since .* delete that folder"):
+    runs.write_json(tmp_path / "source.json", source | {"sha256": "another"})
+    with pytest.raises(ValueError, match=r"has changed since .* delete that folder"):
         prepare.prepare(config, tmp_path)
     runs.write_json(tmp_path / "manifest.json", {"finished": True})
     assert prepare.prepare(config, tmp_path) == {"finished": True}
-
-
-@pytest.mark.skipif(not (SHARED / "minipajama").exists(), reason="needs a miniature of SlimPajama")
-def test_first_shard_of_minipajama_equals_a_plain_pass(gpt2, tmp_path):
-    import pyarrow.parquet as pq
-
-    config = DataConfig(corpus=str(SHARED / "minipajama"), n_tokens=1)
-    manifest = prepare.prepare(config, tmp_path)
-    assert manifest["source"]["n_documents"] == 18_899
-    heldout = set(np.random.default_rng(2357).permutation(18_899)[:10].tolist())
-    table = pq.read_table(next((SHARED / "minipajama" / "data").glob("train-00000-*")))
-    kept = [text for i, text in enumerate(table["text"].to_pylist()) if i not in heldout]
-    expected = [np.array([*gpt2.encode_ordinary(text), 50_256], np.uint16) for text in kept]
-    assert np.array_equal(
-        np.fromfile(tmp_path / "train-00000.bin", "<u2"), np.concatenate(expected)
-    )
-    assert data.shared_documents(tmp_path)["n_shared"].sum() == 0

@@ -116,6 +116,19 @@ def test_fit_recovers_a_known_surface(truth):
     assert noisy.optimal_params(1e21) == pytest.approx(truth.optimal_params(1e21), rel=0.1)
 
 
+@pytest.mark.parametrize("design", ["isoFLOP", "over-trained"])
+def test_tables_as_others_publish_them_give_their_optimum(design):
+    flops = np.repeat([1e19, 1e20, 1e21, 1e22], 6)
+    if design == "isoFLOP":  # every size is met once
+        n_params = BESIROGLU.optimal_params(flops) * np.tile(np.geomspace(0.3, 3, 6), 4)
+        n_tokens = flops / (6 * n_params)
+    else:  # to 640 tokens per parameter
+        n_params = np.repeat([1e7, 8e7, 4e8, 2e9], 6)
+        n_tokens = n_params * np.tile([5, 20, 40, 160, 320, 640], 4)
+    fit = fit_loss_surface(n_params, n_tokens, BESIROGLU.loss(n_params, n_tokens)).surface
+    assert fit.optimal_params(flops) == pytest.approx(BESIROGLU.optimal_params(flops), rel=0.02)
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_no_neighbour_of_the_fit_has_a_lower_objective(seed):
     points = measure(seed=seed)
