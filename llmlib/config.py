@@ -177,10 +177,12 @@ class TrainConfig:
 # mended. Peak rates belong to a scale: tuned at "laptop"; best's at "a100" is not yet measured.
 RECIPES: dict[str, dict[str, Any]] = {
     "winner2024": {},
+    "adamw": {},
     "best": {"optimizer": "muon", "schedule": "linear", "final_lr": 0.0, "zero_init": True},
 }
 RATES: dict[str, dict[str, dict[str, float]]] = {
     "winner2024": {"smoke": {"lr": 3e-3}, "laptop": {"lr": 1e-3}, "a100": {"lr": 1.25e-3}},
+    "adamw": {"smoke": {"lr": 3e-3}, "laptop": {"lr": 1e-3}, "a100": {"lr": 1.5e-3}},
     "best": {"smoke": {"lr": 3e-3}, "laptop": {"lr": 1e-2}, "a100": {"lr": 2e-3}},
 }
 

@@ -43,7 +43,7 @@ def test_vocabulary_of_the_tokens_decides_the_models_in_multiples_of_64(scale):
     ("build", "words"),
     [
         (lambda: config.get_scale("laptob"), ["laptob", "smoke, laptop, a100"]),
-        (lambda: config.recipe("winner", "laptop"), ["winner", "winner2024, best"]),
+        (lambda: config.recipe("winner", "laptop"), ["winner", "winner2024, adamw, best"]),
         (lambda: ModelConfig(d_model=100), ["d_model=100", "n_head=16", "d_model=128"]),
         (lambda: ModelConfig(d_model=48), ["d_model=48", "even", "d_model=64"]),
         (lambda: ModelConfig(arch="mamba"), ["mamba", "llama, gpt2"]),
