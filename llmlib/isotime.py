@@ -1,8 +1,8 @@
 """The best model size for a training time: read off measured runs, extrapolated, beside other methods.
 
-Runs of several sizes N, each with the tokens that its measured speed buys in a time t, give a curve
+Runs of several sizes N, each on the tokens that its measured speed buys in a time t, give a curve
 loss(N) whose minimum is N*(t) [parameters]. Time stands where Hoffmann et al. 2022 (arXiv:2203.15556)
-hold FLOPs equal, as in arXiv:2603.28823. Losses are nats/token, intervals 90 % of the samples.
+hold FLOPs equal, as in arXiv:2603.28823. Losses are nats/token, intervals 90 %.
 """
 
 from typing import Any
@@ -15,8 +15,8 @@ from scipy.interpolate import make_interp_spline
 from llmlib.sizing import PUBLISHED_FITS, fit_loss_surface
 
 FLOOR = PUBLISHED_FITS["Hoffmann et al. 2022"].E  # [nats/token]; of no weight far above it
-NEAR = 4.0  # sizes that a parabola rests on, as a ratio to the best
-WIDEST_SIZE, WIDEST_E = 4.0, 1.0  # intervals (ratio; nats) beyond which a surface says nothing
+NEAR = 4.0  # sizes that count beside the best, as a ratio to it
+WIDEST_SIZE, WIDEST_E = 4.0, 1.0  # intervals (ratio; nats) beyond which an answer says nothing
 
 
 def with_interval(name: str, draws: np.ndarray) -> dict[str, Any]:
@@ -25,30 +25,30 @@ def with_interval(name: str, draws: np.ndarray) -> dict[str, Any]:
     return {name: draws[..., 0], f"{name}_low": low, f"{name}_high": high}
 
 
-def seed_noise(points: pd.DataFrame) -> float:
-    """Pool the standard deviation of the loss between seeds [nats/token]; NaN without repeats."""
-    loss = points.groupby(["seconds", "n_params"]).loss
-    freedom = (loss.count() - 1).sum()
-    squares = (points.loss - loss.transform("mean")) ** 2
-    return float((squares.sum() / freedom) ** 0.5) if freedom else np.nan
-
-
 def find_optima(
-    points: pd.DataFrame, *, n_bootstrap: int = 200, seed: int = 0
+    points: pd.DataFrame, *, n_samples: int = 1000, seed: int = 0
 ) -> tuple[pd.DataFrame, np.ndarray]:
     """Read the best size of every time off a parabola in log N (Hoffmann et al. 2022, approach 2).
 
-    ``points`` has seconds, n_params and loss of every run; those within fourfold of a time's lowest
-    loss count, since farther off a parabola does not hold. A sample weights runs at random and adds
-    noise: that between seeds or, if it is more, what the parabolas miss the runs by. Returns a table (seconds; n_params and loss with 90 % intervals; note)
-    and draws, shape (n_times, 3, 1 + n_bootstrap): log N*, loss there, curvature; the fit first. A
-    time whose lowest loss or vertex is at the edge of its sizes is refused: NaN and a note. A
-    sample's vertex outside counts as the edge, so an interval that reaches one is open there.
+    ``points`` has seconds, n_params and loss of every run. Returns a table (seconds; n_params and
+    loss with intervals; note) and draws, shape (n_times, 3, 1 + n_samples): log N*, loss there,
+    curvature; the fit first. A time whose lowest loss or vertex is at the edge of its sizes is
+    refused: NaN and a note. A sample's vertex outside counts as the edge: an interval that reaches
+    one is open there.
+
+    Few runs can't be resampled: of four sizes, most samples would miss one. So the samples vary the
+    parabolas' constants, with errors of one variance that is pooled over all times: how far the
+    sizes' mean losses lie from the parabolas (model form and noise) or, if it is more, this and the
+    variance between seeds together. Divided by a draw of chi-square over its degrees of freedom it
+    gives Student's t intervals: wide where the variance is known from few runs.
     """
     rng, times = np.random.default_rng(seed), points.groupby("seconds")
-    brackets = [_bracket(part) for _, part in times]
-    noise = np.nanmax([seed_noise(points), _misfit(brackets)])
-    draws = np.array([_vertices(*xy, noise, n_bootstrap, rng) for xy in brackets])
+    fits = [_fit_parabola(part) for _, part in times]
+    squares = sum((fit[-1] for fit in fits if fit), np.zeros((2, 2)))
+    known = ((s / n, n) for s, n in squares.cumsum(axis=0) if n)
+    variance, freedom = max(known, default=(np.nan, 1))
+    errors = (variance * freedom / rng.chisquare(freedom, n_samples)) ** 0.5
+    draws = np.array([_find_vertices(fit, errors, rng) for fit in fits])
     table = pd.DataFrame({"seconds": list(times.groups)})
     table = table.assign(**with_interval("n_params", np.exp(draws[:, 0])))
     table = table.assign(**with_interval("loss", draws[:, 1]))
@@ -56,58 +56,61 @@ def find_optima(
     return table.assign(note=np.where(table.n_params.isna(), refused, "")), draws
 
 
-def _bracket(part: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
-    """Return log N and loss of one time's runs near its best size; none if that is at an edge."""
+def _fit_parabola(part: pd.DataFrame) -> tuple | None:
+    """Fit one time's runs within fourfold of the best size, or of four sizes at least.
+
+    Returns that size, the runs' log N about it, the constants and their covariance but for the
+    variance, and sums of squares with their degrees of freedom: misfit, between seeds. None if the
+    best size is at an edge.
+    """
     means = part.groupby("n_params").loss.mean()
-    near = part[part.n_params.between(means.idxmin() / NEAR, means.idxmin() * NEAR)]
-    if not means.index.min() < means.idxmin() < means.index.max():
-        near = part[:0]
-    return np.log(near.n_params.to_numpy(float)), near.loss.to_numpy(float)
+    best = means.idxmin()
+    if best in (means.index.min(), means.index.max()):
+        return None
+    far = np.abs(np.log(means.index / best))
+    near = part[np.abs(np.log(part.n_params / best)) <= max(np.log(NEAR), *np.sort(far)[:4])]
+    x, mean = np.log(near.n_params / best), near.n_params.map(means)
+    constants, unscaled = np.polyfit(x, near.loss, 2, cov="unscaled")
+    misfit = ((mean - np.polyval(constants, x)) ** 2).sum(), x.nunique() - 3
+    between_seeds = ((near.loss - mean) ** 2).sum(), len(x) - x.nunique()
+    return best, x, constants, unscaled, np.array([misfit, between_seeds])
 
 
-def _misfit(brackets: list[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Pool what the parabolas miss the runs by, root mean square; NaN if they must meet them."""
-    known = [(x, y) for x, y in brackets if len(np.unique(x)) > 3]
-    fits = [np.polyfit(x - x.mean(), y, 2, full=True)[1][0] for x, y in known]
-    freedom = sum(len(x) - 3 for x, _ in known)
-    return (sum(fits) / freedom) ** 0.5 if freedom else np.nan
-
-
-def _vertices(
-    x: np.ndarray, y: np.ndarray, noise: float, n: int, rng: np.random.Generator
-) -> np.ndarray:
-    """Fit one time's parabola, then n samples of it; shape (3, 1 + n), NaN if it is refused."""
-    if len(np.unique(x)) < 3:
-        return np.full((3, 1 + n), np.nan)
-    weights = np.vstack([np.ones_like(x), rng.exponential(size=(n, len(x)))]) ** 0.5
-    shaken = y + np.nan_to_num(noise) * np.vstack([np.zeros_like(x), rng.normal(size=(n, len(x)))])
-    fits = [np.polyfit(x - x.mean(), y, 2, w=w) for y, w in zip(shaken, weights, strict=True)]
-    c, b, a = np.transpose(fits)
-    low, high = x.min() - x.mean(), x.max() - x.mean()
-    edge = np.where(c * low**2 + b * low < c * high**2 + b * high, low, high)
-    vertex = np.where(c > 0, -b / (2 * c), edge)
+def _find_vertices(fit: tuple | None, errors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Find the vertex of one time's parabola and of its samples; NaN if it is refused."""
+    refused = np.full((3, 1 + len(errors)), np.nan)
+    if fit is None:
+        return refused
+    best, x, constants, unscaled, _ = fit
+    noise = np.linalg.cholesky(unscaled) @ rng.normal(size=(3, len(errors))) * errors
+    c, b, a = constants[:, None] + np.hstack([np.zeros((3, 1)), noise])
+    low, high = x.min(), x.max()
+    edge = np.where((c * low + b) * low < (c * high + b) * high, low, high)
+    vertex = np.where(c <= 0, edge, -b / (2 * c))
     if not low < vertex[0] < high:
-        return np.full((3, 1 + n), np.nan)
+        return refused
     vertex = vertex.clip(low, high)
-    return np.array([vertex + x.mean(), (c * vertex + b) * vertex + a, c])
+    return np.array([vertex + np.log(best), (c * vertex + b) * vertex + a, c])
 
 
 def extrapolate(
     table: pd.DataFrame, draws: np.ndarray, seconds: float, n_params: float | None = None
 ) -> dict[str, float]:
-    """Predict the best size and its loss at another time from the optima, with 90 % intervals.
+    """Predict the best size and its loss at another time from the optima, with intervals.
 
     log N* is linear in log t (slope ``exponent``); so is, over the last three optima, the log of the
     loss above Hoffmann's E (a line to a loss of zero would be too low, more so the farther it goes).
-    With ``n_params``, the loss is that of this size, by a power law of the curvature; NaN beyond fourfold of
-    the best. All is NaN if fewer than two optima stand. The intervals hold the noise of the runs, not that a line may bend.
+    With ``n_params``, the loss is that of this size, by a power law of the curvature; NaN beyond
+    fourfold of the best. All is NaN if fewer than two optima stand. The intervals hold the errors of
+    the optima, not that a line may bend: the held-out time shows that.
     """
     kept = table.n_params.notna().to_numpy()
     exponent = log_n = loss = np.full(draws.shape[2], np.nan)
     if kept.sum() > 1:
         log_t, optima = np.log(table.seconds[kept] / seconds), draws[kept]
         exponent, log_n = np.polyfit(log_t, optima[:, 0], 1)
-        loss = FLOOR + np.exp(np.polyfit(log_t[-3:], np.log(optima[-3:, 1] - FLOOR), 1)[1])
+        above = np.log((optima[-3:, 1] - FLOOR).clip(1e-3))  # a few samples are below
+        loss = FLOOR + np.exp(np.polyfit(log_t[-3:], above, 1)[1])
         if n_params:
             off = np.log(n_params) - log_n
             curvature = np.log(optima[:, 2].clip(1e-3))  # some samples have none
@@ -134,13 +137,13 @@ def advice_in_time(
     """
     sizes = np.geomspace(speeds.n_params.min() / 10, speeds.n_params.max() * 10, 801)
     tokens = tokens_in(seconds, speeds, sizes)
+    at_20 = sizes[np.abs(np.log(tokens / sizes / 20)).argmin()]
     rows = {
         "iso-time curves": _judge(optimum),
         "fitted surface": _by_surface(points, sizes, tokens),
     }
     for name, fit in PUBLISHED_FITS.items():
         rows[name] = {"n_params": sizes[fit.loss(sizes, tokens).argmin()]}
-    at_20 = sizes[np.abs(np.log(tokens / sizes / 20)).argmin()]
     rows["20 tokens per parameter"] = {"n_params": at_20}
     columns = ["n_params", "n_params_low", "n_params_high", "note"]
     table = pd.DataFrame(rows).T.reindex(columns=columns).rename_axis("method").reset_index()
@@ -157,16 +160,39 @@ def _by_surface(points: pd.DataFrame, sizes: np.ndarray, tokens: np.ndarray) -> 
         return {"note": f"refused: {error}"}
     best = sizes[fit.samples.loss(sizes, tokens).argmin(axis=1)]
     best = np.append(sizes[fit.surface.loss(sizes, tokens).argmin()], best)
-    e_low, e_high = np.quantile(fit.samples.E, [0.05, 0.95])
-    return _judge(with_interval("n_params", best), e_high - e_low)
+    e_width = np.ptp(np.quantile(fit.samples.E, [0.05, 0.95]))
+    if e_width > WIDEST_E:
+        return {"note": f"refused: E's interval spans {e_width:.1f} nats"}
+    return _judge(with_interval("n_params", best))
 
 
-def _judge(found: dict[str, float], e_width: float = 0.0) -> dict[str, Any]:
-    """Return a best size, or why it is refused: its interval, or that of E, says nothing."""
+def _judge(found: dict[str, float]) -> dict[str, Any]:
+    """Return a best size, or a note that refuses it: its interval says nothing."""
     ratio = found["n_params_high"] / found["n_params_low"]
-    if ratio <= WIDEST_SIZE and e_width <= WIDEST_E:
-        return found
-    if np.isnan(ratio):
-        return {"note": "refused: fewer than two times have a minimum"}
-    of_e = f", E's {e_width:.1f} nats" if e_width else ""
-    return {"note": f"refused: its interval spans {ratio:.3g}-fold{of_e}"}
+    why = "fewer than two minima" if np.isnan(ratio) else f"its interval spans {ratio:.3g}-fold"
+    return found if ratio <= WIDEST_SIZE else {"note": f"refused: {why}"}
+
+
+def read_points(trials: pd.DataFrame) -> pd.DataFrame:
+    """Read size, seconds and factor of the rates from the labels of the finished runs of a study."""
+    parts = trials.run.str.extract("(?P<size>.+)-(?P<seconds>.+)s-x(?P<factor>.+)-seed")
+    points = trials.join(parts.astype({"seconds": float, "factor": float}))
+    return points[points.status == "finished"].copy()
+
+
+def three_next_to_best(points: pd.DataFrame) -> dict[float, list[str]]:
+    """Name for every time the three sizes (column ``size``) nearest to that of the lowest loss."""
+    best = points.loc[points.groupby("seconds").loss.idxmin()].set_index("seconds").n_params
+    sizes = points.drop_duplicates(["seconds", "size"])
+    far = np.abs(np.log(sizes.n_params / sizes.seconds.map(best)))
+    near = sizes[far.groupby(sizes.seconds).rank(method="first") <= 3]
+    return near.groupby("seconds")["size"].agg(list).to_dict()
+
+
+def interpolate_rates(tried: pd.DataFrame, n_params: pd.Series) -> pd.Series:
+    """Interpolate the best factor of the peak rates between the end sizes, in log-log.
+
+    ``tried`` has n_params, factor and loss of the runs at both ends.
+    """
+    best = tried.loc[tried.groupby("n_params").loss.idxmin()]
+    return np.exp(np.interp(np.log(n_params), np.log(best.n_params), np.log(best.factor)))

@@ -33,6 +33,7 @@ PEAK_BF16_FLOPS_PER_S = {
 # Their memory [GB]; of two sizes the smaller.
 MEMORY_GB = {"A10": 24, "A10G": 24, "A100": 40, "H100": 80, "H200": 141, "L4": 24, "L40S": 48}
 MEMORY_GB |= {"RTX 3090": 24, "RTX 4090": 24}
+WRITE_UP = {110e6: 3.134, 138e6: 3.125, 166e6: 3.123, 180e6: 3.104}  # N: loss, 3 hours of an A100
 OTHER_CHIPS = {"MIG", "NVL", "Laptop", "D", "Ti", "SUPER"}  # share a name, not a peak
 # Of a hidden parameter: what the optimizer keeps, and what it needs besides while it steps [bytes].
 OPTIMIZER_BYTES = {"adamw": (8, 0), "muon": (4, 8), "sophia": (8, 9), "sophia_writeup": (8, 9)}

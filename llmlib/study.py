@@ -44,7 +44,6 @@ PLANS = {
 RATE_GUESS = {"adamw": 2.0, "muon": 10.0, "sophia": 0.5}  # times the base rate, at "laptop"
 LONG_TOKENS = 1_000_000  # in shorter runs, compiling and long validations do not pay
 VAL_TOKENS = 64_000  # that a study's run is scored on, at most
-SIZE_SEEDS = (1, 2, 3)
 MIN_STEPS = 4  # of a run of 03
 
 
@@ -96,23 +95,41 @@ def size_settings(base: ModelConfig, train: TrainConfig, plan: Plan) -> Settings
     return settings
 
 
-def iso_time_settings(sizes: Settings, speeds: pd.Series, plan: Plan) -> Settings:
+def iso_time_settings(
+    sizes: Settings,
+    speeds: pd.Series,
+    plan: Plan,
+    *,
+    factors: dict[str, float] | None = None,
+    repeated: dict[float, list[str]] | None = None,
+    n_seeds: int = 3,
+    max_tokens: float = float("inf"),
+) -> Settings:
     """Every size for every time, by its speed [tokens/s], in whole steps; whole runs.
 
-    The middle size (of five or more, the middle three) has three seeds, for the noise, at all times
-    but the longest, where they cost most. A speed that is NaN (the step failed) leaves its size out.
+    ``factors`` multiply a size's peak rates. ``repeated`` names the sizes that get ``n_seeds`` at a
+    time; by default the middle one at the shortest, for the noise. Left out are runs of more than
+    ``max_tokens`` and sizes whose speed is NaN (the step failed); if that leaves none, it is refused.
     """
-    half, beside, settings = len(sizes) // 2, len(sizes) > 4, {}
-    middle = list(sizes)[half - beside : half + beside + 1]
+    if repeated is None:
+        repeated = {min(plan.times): [list(sizes)[len(sizes) // 2]]}
+    settings = {}
     for name, (model, train) in sizes.items():
-        per_step = train.n_sequences * model.seq_len
-        light = {"eval_windows": VAL_TOKENS // model.seq_len, "eval_all": False, "n_evals": 1}
+        per_step, factor = train.n_sequences * model.seq_len, (factors or {}).get(name, 1.0)
+        changes = {"eval_windows": VAL_TOKENS // model.seq_len, "eval_all": False, "n_evals": 1}
+        rates = {rate: getattr(train, rate) for rate in ("lr", "embed_lr", "vector_lr")}
+        changes |= {rate: factor * value for rate, value in rates.items() if value}
         for seconds in plan.times if speeds[name] > 0 else ():
-            n_steps = max(round(speeds[name] * seconds / per_step), MIN_STEPS)
-            repeats = name in middle and seconds < max(plan.times)
-            for seed in SIZE_SEEDS if repeats else SIZE_SEEDS[:1]:
-                run = override(train, budget_tokens=n_steps * per_step, seed=seed, **light)
-                settings[f"{name}-{seconds:g}s-seed{seed}"] = model, run
+            n_tokens = per_step * max(round(speeds[name] * seconds / per_step), MIN_STEPS)
+            n_runs = n_seeds if name in repeated.get(seconds, ()) else 1
+            for seed in range(1, n_runs + 1) if n_tokens <= max_tokens else ():
+                run = override(train, budget_tokens=n_tokens, seed=seed, **changes)
+                settings[f"{name}-{seconds:g}s-x{factor:.3g}-seed{seed}"] = model, run
+    if not settings:
+        raise ValueError(
+            f"every run would train on more than {max_tokens:,.0f} tokens, four epochs of the text; "
+            "bring more text, or leave 03 out (--only)."
+        )
     return settings
 
 
