@@ -33,64 +33,55 @@ def find_optima(
     ``points`` has seconds, n_params and loss of every run. Returns a table (seconds; n_params and
     loss with intervals; note) and draws, shape (n_times, 3, 1 + n_samples): log N*, loss there,
     curvature; the fit first. A time whose lowest loss or vertex is at the edge of its sizes is
-    refused: NaN and a note. A sample's vertex outside counts as the edge: an interval that reaches
-    one is open there.
+    refused: NaN and a note. A sample's vertex outside counts as the edge: its interval is open there.
 
-    Few runs can't be resampled: of four sizes, most samples would miss one. So the samples vary the
-    parabolas' constants, with errors of one variance that is pooled over all times: how far the
-    sizes' mean losses lie from the parabolas (model form and noise) or, if it is more, this and the
-    variance between seeds together. Divided by a draw of chi-square over its degrees of freedom it
-    gives Student's t intervals: wide where the variance is known from few runs.
+    Resampling four sizes would mostly miss one. So the samples vary the constants, with errors of
+    one variance for all times: how far the sizes' mean losses lie from the parabolas (model form and
+    noise) or, if more, this and the variance between seeds together. Each draw divides it by
+    chi-square over its degrees of freedom: Student's t, wide where few runs tell the variance.
     """
     rng, times = np.random.default_rng(seed), points.groupby("seconds")
     fits = [_fit_parabola(part) for _, part in times]
-    squares = sum((fit[-1] for fit in fits if fit), np.zeros((2, 2)))
-    known = ((s / n, n) for s, n in squares.cumsum(axis=0) if n)
-    variance, freedom = max(known, default=(np.nan, 1))
+    squares = np.cumsum(sum(squares for *_, squares in fits), axis=0)
+    variance, freedom = max(((s / n, n) for s, n in squares if n), default=(np.nan, 1))
     errors = (variance * freedom / rng.chisquare(freedom, n_samples)) ** 0.5
-    draws = np.array([_find_vertices(fit, errors, rng) for fit in fits])
-    table = pd.DataFrame({"seconds": list(times.groups)})
-    table = table.assign(**with_interval("n_params", np.exp(draws[:, 0])))
-    table = table.assign(**with_interval("loss", draws[:, 1]))
-    refused = "refused: no minimum inside its sizes"
-    return table.assign(note=np.where(table.n_params.isna(), refused, "")), draws
+    draws = np.array([_find_vertices(*fit, errors, rng) for *fit, _ in fits])
+    found = with_interval("n_params", np.exp(draws[:, 0])) | with_interval("loss", draws[:, 1])
+    note = np.where(np.isnan(found["n_params"]), "refused: no minimum inside its sizes", "")
+    return pd.DataFrame({"seconds": list(times.groups)} | found | {"note": note}), draws
 
 
-def _fit_parabola(part: pd.DataFrame) -> tuple | None:
+def _fit_parabola(part: pd.DataFrame) -> tuple[pd.Series, np.ndarray, np.ndarray, np.ndarray]:
     """Fit one time's runs within fourfold of the best size, or of four sizes at least.
 
-    Returns that size, the runs' log N about it, the constants and their covariance but for the
-    variance, and sums of squares with their degrees of freedom: misfit, between seeds. None if the
-    best size is at an edge.
+    Returns their log N, the constants (NaN if the best size is at an edge) and their covariance but
+    for the variance, and sums of squares with degrees of freedom: misfit, between seeds.
     """
-    means = part.groupby("n_params").loss.mean()
+    means, log_n = part.groupby("n_params").loss.mean(), np.log(part.n_params)
     best = means.idxmin()
     if best in (means.index.min(), means.index.max()):
-        return None
-    far = np.abs(np.log(means.index / best))
-    near = part[np.abs(np.log(part.n_params / best)) <= max(np.log(NEAR), *np.sort(far)[:4])]
-    x, mean = np.log(near.n_params / best), near.n_params.map(means)
-    constants, unscaled = np.polyfit(x, near.loss, 2, cov="unscaled")
-    misfit = ((mean - np.polyval(constants, x)) ** 2).sum(), x.nunique() - 3
+        return log_n, np.full(3, np.nan), np.eye(3), np.zeros((2, 2))
+    reach = max(NEAR, *np.sort(np.maximum(means.index / best, best / means.index))[:4])
+    near = part[np.maximum(part.n_params / best, best / part.n_params) <= reach]
+    x, mean = log_n[near.index], near.n_params.map(means)
+    constants, unscaled = np.polyfit(x - x.mean(), near.loss, 2, cov="unscaled")
+    misfit = ((mean - np.polyval(constants, x - x.mean())) ** 2).sum(), x.nunique() - 3
     between_seeds = ((near.loss - mean) ** 2).sum(), len(x) - x.nunique()
-    return best, x, constants, unscaled, np.array([misfit, between_seeds])
+    return x, constants, unscaled, np.array([misfit, between_seeds])
 
 
-def _find_vertices(fit: tuple | None, errors: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def _find_vertices(
+    x: pd.Series, constants: np.ndarray, unscaled: np.ndarray, errors: np.ndarray, rng: Any
+) -> np.ndarray:
     """Find the vertex of one time's parabola and of its samples; NaN if it is refused."""
-    refused = np.full((3, 1 + len(errors)), np.nan)
-    if fit is None:
-        return refused
-    best, x, constants, unscaled, _ = fit
     noise = np.linalg.cholesky(unscaled) @ rng.normal(size=(3, len(errors))) * errors
     c, b, a = constants[:, None] + np.hstack([np.zeros((3, 1)), noise])
-    low, high = x.min(), x.max()
+    low, high = x.min() - x.mean(), x.max() - x.mean()
     edge = np.where((c * low + b) * low < (c * high + b) * high, low, high)
     vertex = np.where(c <= 0, edge, -b / (2 * c))
-    if not low < vertex[0] < high:
-        return refused
-    vertex = vertex.clip(low, high)
-    return np.array([vertex + np.log(best), (c * vertex + b) * vertex + a, c])
+    is_inside, vertex = low < vertex[0] < high, vertex.clip(low, high)
+    found = np.array([vertex + x.mean(), (c * vertex + b) * vertex + a, c])
+    return found if is_inside else np.full_like(found, np.nan)
 
 
 def extrapolate(
@@ -137,17 +128,18 @@ def advice_in_time(
     """
     sizes = np.geomspace(speeds.n_params.min() / 10, speeds.n_params.max() * 10, 801)
     tokens = tokens_in(seconds, speeds, sizes)
-    at_20 = sizes[np.abs(np.log(tokens / sizes / 20)).argmin()]
+    best = {name: sizes[fit.loss(sizes, tokens).argmin()] for name, fit in PUBLISHED_FITS.items()}
+    best["20 tokens per parameter"] = sizes[np.abs(np.log(tokens / sizes / 20)).argmin()]
     rows = {
         "iso-time curves": _judge(optimum),
         "fitted surface": _by_surface(points, sizes, tokens),
     }
-    for name, fit in PUBLISHED_FITS.items():
-        rows[name] = {"n_params": sizes[fit.loss(sizes, tokens).argmin()]}
-    rows["20 tokens per parameter"] = {"n_params": at_20}
+    rows |= {name: {"n_params": size} for name, size in best.items()}
     columns = ["n_params", "n_params_low", "n_params_high", "note"]
-    table = pd.DataFrame(rows).T.reindex(columns=columns).rename_axis("method").reset_index()
-    table[columns[:3]] = table[columns[:3]].astype(float)
+    table = pd.DataFrame([*rows.values()], columns=columns).astype(
+        dict.fromkeys(columns[:3], float)
+    )
+    table.insert(0, "method", [*rows])
     table["n_tokens"] = tokens_in(seconds, speeds, table.n_params)
     return table.assign(tokens_per_parameter=table.n_tokens / table.n_params)
 
@@ -158,12 +150,11 @@ def _by_surface(points: pd.DataFrame, sizes: np.ndarray, tokens: np.ndarray) -> 
         fit = fit_loss_surface(points.n_params, points.n_tokens, points.loss, n_bootstrap=100)
     except ValueError as error:
         return {"note": f"refused: {error}"}
-    best = sizes[fit.samples.loss(sizes, tokens).argmin(axis=1)]
-    best = np.append(sizes[fit.surface.loss(sizes, tokens).argmin()], best)
+    losses = [surface.loss(sizes, tokens) for surface in (fit.surface, fit.samples)]
     e_width = np.ptp(np.quantile(fit.samples.E, [0.05, 0.95]))
     if e_width > WIDEST_E:
         return {"note": f"refused: E's interval spans {e_width:.1f} nats"}
-    return _judge(with_interval("n_params", best))
+    return _judge(with_interval("n_params", sizes[np.vstack(losses).argmin(axis=1)]))
 
 
 def _judge(found: dict[str, float]) -> dict[str, Any]:
@@ -171,28 +162,3 @@ def _judge(found: dict[str, float]) -> dict[str, Any]:
     ratio = found["n_params_high"] / found["n_params_low"]
     why = "fewer than two minima" if np.isnan(ratio) else f"its interval spans {ratio:.3g}-fold"
     return found if ratio <= WIDEST_SIZE else {"note": f"refused: {why}"}
-
-
-def read_points(trials: pd.DataFrame) -> pd.DataFrame:
-    """Read size, seconds and factor of the rates from the labels of the finished runs of a study."""
-    parts = trials.run.str.extract("(?P<size>.+)-(?P<seconds>.+)s-x(?P<factor>.+)-seed")
-    points = trials.join(parts.astype({"seconds": float, "factor": float}))
-    return points[points.status == "finished"].copy()
-
-
-def three_next_to_best(points: pd.DataFrame) -> dict[float, list[str]]:
-    """Name for every time the three sizes (column ``size``) nearest to that of the lowest loss."""
-    best = points.loc[points.groupby("seconds").loss.idxmin()].set_index("seconds").n_params
-    sizes = points.drop_duplicates(["seconds", "size"])
-    far = np.abs(np.log(sizes.n_params / sizes.seconds.map(best)))
-    near = sizes[far.groupby(sizes.seconds).rank(method="first") <= 3]
-    return near.groupby("seconds")["size"].agg(list).to_dict()
-
-
-def interpolate_rates(tried: pd.DataFrame, n_params: pd.Series) -> pd.Series:
-    """Interpolate the best factor of the peak rates between the end sizes, in log-log.
-
-    ``tried`` has n_params, factor and loss of the runs at both ends.
-    """
-    best = tried.loc[tried.groupby("n_params").loss.idxmin()]
-    return np.exp(np.interp(np.log(n_params), np.log(best.n_params), np.log(best.factor)))

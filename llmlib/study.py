@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from llmlib import launch, runs
@@ -101,18 +102,22 @@ def iso_time_settings(
     plan: Plan,
     *,
     factors: dict[str, float] | None = None,
-    repeated: dict[float, list[str]] | None = None,
+    best: pd.Series | None = None,
     n_seeds: int = 3,
     max_tokens: float = float("inf"),
 ) -> Settings:
     """Every size for every time, by its speed [tokens/s], in whole steps; whole runs.
 
-    ``factors`` multiply a size's peak rates. ``repeated`` names the sizes that get ``n_seeds`` at a
-    time; by default the middle one at the shortest, for the noise. Left out are runs of more than
-    ``max_tokens`` and sizes whose speed is NaN (the step failed); if that leaves none, it is refused.
+    ``factors`` multiply a size's peak rates. ``n_seeds`` go to the three sizes next to the ``best``
+    of each time [parameters, by time]; while it is not known, to the middle size at the shortest
+    time, for the noise. Left out are runs of more than ``max_tokens`` and sizes whose speed is NaN
+    (the step failed); if that leaves none, it is refused.
     """
-    if repeated is None:
-        repeated = {min(plan.times): [list(sizes)[len(sizes) // 2]]}
+    repeated = {(min(plan.times), list(sizes)[len(sizes) // 2])}
+    if best is not None:
+        n_params = pd.Series({name: count_params(model) for name, (model, _) in sizes.items()})
+        far = {seconds: np.log(n_params / n).abs() for seconds, n in best.items()}
+        repeated = {(seconds, name) for seconds in far for name in far[seconds].nsmallest(3).index}
     settings = {}
     for name, (model, train) in sizes.items():
         per_step, factor = train.n_sequences * model.seq_len, (factors or {}).get(name, 1.0)
@@ -121,7 +126,7 @@ def iso_time_settings(
         changes |= {rate: factor * value for rate, value in rates.items() if value}
         for seconds in plan.times if speeds[name] > 0 else ():
             n_tokens = per_step * max(round(speeds[name] * seconds / per_step), MIN_STEPS)
-            n_runs = n_seeds if name in repeated.get(seconds, ()) else 1
+            n_runs = n_seeds if (seconds, name) in repeated else 1
             for seed in range(1, n_runs + 1) if n_tokens <= max_tokens else ():
                 run = override(train, budget_tokens=n_tokens, seed=seed, **changes)
                 settings[f"{name}-{seconds:g}s-x{factor:.3g}-seed{seed}"] = model, run
@@ -131,6 +136,13 @@ def iso_time_settings(
             "bring more text, or leave 03 out (--only)."
         )
     return settings
+
+
+def iso_time_points(trials: pd.DataFrame) -> pd.DataFrame:
+    """Read size, time [s] and factor of the rates off the labels of finished runs."""
+    parts = trials.run.str.extract("(?P<size>.+)-(?P<seconds>.+)s-x(?P<factor>.+)-seed")
+    points = trials.join(parts.astype({"seconds": float, "factor": float}))
+    return points[points.status == "finished"].copy()
 
 
 def optimizer_settings(model: ModelConfig, train: TrainConfig, plan: Plan) -> Settings:

@@ -7,6 +7,7 @@ import pytest
 
 from llmlib import runs, study
 from llmlib.config import SCALES, override, recipe
+from llmlib.sizing import count_params
 from llmlib.study import PLANS
 from llmlib.tests.conftest import FP32, SMOKE
 
@@ -34,14 +35,23 @@ def test_sizes_get_the_tokens_that_their_speed_buys_in_whole_steps(scale):
     assert max(aspect) <= 4 * min(aspect)
 
 
-def test_sizes_named_for_a_time_have_seeds_and_a_factor_multiplies_every_rate():
-    plan = replace(PLANS["smoke"], times=(1.0, 2.0))
+def test_seeds_go_to_the_three_sizes_next_to_the_best_and_factors_to_every_rate():
+    plan = replace(PLANS["smoke"], sizes=tuple((1, 32 * n) for n in range(1, 6)), times=(1.0, 2.0))
     sizes = study.size_settings(SMOKE.model, override(SMOKE.train, embed_lr=0.5), plan)
-    named = {"factors": {"1x64": 0.5}, "repeated": {2.0: ["1x64"]}, "n_seeds": 2}
+    best = pd.Series({1.0: 1e3, 2.0: count_params(sizes["1x128"][0])})
+    named = {"factors": {"1x64": 0.5}, "best": best, "n_seeds": 2}
     settings = study.iso_time_settings(sizes, pd.Series(1e6, index=list(sizes)), plan, **named)
-    assert [name for name in settings if name.endswith("seed2")] == ["1x64-2s-x0.5-seed2"]
+    repeated = [name.removesuffix("-seed2") for name in settings if name.endswith("seed2")]
+    assert repeated == ["1x32-1s-x1", "1x64-1s-x0.5", "1x96-1s-x1"] + [
+        f"1x{width}-2s-x1" for width in (96, 128, 160)
+    ]
     run, before = settings["1x64-1s-x0.5-seed1"][1], sizes["1x64"][1]
     assert (run.lr, run.embed_lr) == (before.lr / 2, before.embed_lr / 2) and run.vector_lr is None
+    trials = pd.DataFrame({"run": list(settings), "status": "finished", "loss": 3.0})
+    points = study.iso_time_points(trials)
+    assert set(points.seconds) == {1.0, 2.0} and points.factor.min() == 0.5
+    assert set(points["size"]) == set(sizes)
+    assert study.iso_time_points(trials.assign(status="failed: why")).empty
 
 
 def test_runs_of_more_tokens_than_allowed_are_left_out_and_none_is_refused():
