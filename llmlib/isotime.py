@@ -22,7 +22,7 @@ WIDEST_SIZE, WIDEST_E = 4.0, 1.0  # intervals (ratio; nats) beyond which an answ
 def with_interval(name: str, draws: np.ndarray) -> dict[str, Any]:
     """Name a fit and the 5 and 95 % quantiles of its samples; draws (..., fit and samples)."""
     low, high = np.quantile(draws[..., 1:], [0.05, 0.95], axis=-1)
-    return {name: draws[..., 0], f"{name}_low": low, f"{name}_high": high}
+    return {name: draws.take(0, axis=-1), f"{name}_low": low, f"{name}_high": high}
 
 
 def find_optima(
@@ -130,16 +130,12 @@ def advice_in_time(
     tokens = tokens_in(seconds, speeds, sizes)
     best = {name: sizes[fit.loss(sizes, tokens).argmin()] for name, fit in PUBLISHED_FITS.items()}
     best["20 tokens per parameter"] = sizes[np.abs(np.log(tokens / sizes / 20)).argmin()]
-    rows = {
-        "iso-time curves": _judge(optimum),
-        "fitted surface": _by_surface(points, sizes, tokens),
-    }
+    rows = {"iso-time curves": _judge(optimum)}
+    rows["fitted surface"] = _by_surface(points, sizes, tokens)
     rows |= {name: {"n_params": size} for name, size in best.items()}
     columns = ["n_params", "n_params_low", "n_params_high", "note"]
-    table = pd.DataFrame([*rows.values()], columns=columns).astype(
-        dict.fromkeys(columns[:3], float)
-    )
-    table.insert(0, "method", [*rows])
+    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
+    table = table.rename_axis("method").reset_index()
     table["n_tokens"] = tokens_in(seconds, speeds, table.n_params)
     return table.assign(tokens_per_parameter=table.n_tokens / table.n_params)
 
