@@ -18,7 +18,7 @@ import pandas as pd
 from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from llmlib import analysis, sizing
 from llmlib.analysis import literal
@@ -64,7 +64,11 @@ def _format_log_axes(axes: Axes) -> None:
         if axis.get_scale() == "log":
             low, high = axis.get_view_interval()
             if high / low < 30:  # within a decade or so, powers of ten alone are too few
-                axis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
+                is_short = high / low < 5
+                few = (
+                    MaxNLocator(4, steps=[1, 2, 5, 10]) if is_short else LogLocator(subs=(1, 2, 5))
+                )
+                axis.set_major_locator(few)
             axis.set_major_formatter(FuncFormatter(short_number))
             axis.set_minor_formatter(NullFormatter())
 
@@ -134,25 +138,26 @@ def iso_time(figure: Figure, points: pd.DataFrame, optima: pd.DataFrame, marks: 
 
 
 @styled
-def loss_by_time(figure: Figure, optima: pd.DataFrame, predictions: pd.DataFrame) -> None:
-    """Show the loss at the best size by time, with predictions for other times (same columns)."""
+def loss_by_time(figure: Figure, optima: pd.DataFrame, held_out: pd.DataFrame, line: Any) -> None:
+    """Show the loss at the best size by time: measured, predicted, and the line (same columns)."""
     axes = figure.subplots()
-    for label, stand in {"measured": optima, "predicted": predictions}.items():
-        bars = _spread(stand, "loss")  # what was refused is NaN, and has no point
-        axes.errorbar(stand.seconds, stand.loss, bars, linestyle="", capsize=3, label=label)
+    axes.fill_between(line.seconds, line.loss_low, line.loss_high, alpha=0.2, label="line, 90 %")
+    for label, table in {"predicted from shorter times": held_out, "measured": optima}.items():
+        axes.errorbar(table.seconds, table.loss, _spread(table, "loss"), ls="", label=label)
     axes.set(xscale="log", xlabel="Training time [s]", ylabel=LABELS["val_loss"])
     axes.set(title="Loss at the best size by training time")
 
 
 @styled
 def predicted_loss(figure: Figure, points: pd.DataFrame) -> None:
-    """Show the loss that the parabolas, power law and line predict against the measured one."""
+    """Show what all times but the longest predict for every run against what it measured."""
     axes = figure.subplots()
     for seconds, part in points.groupby("seconds"):
-        axes.plot(part.loss, part.predicted, linestyle="", label=f"{seconds:g} s")
+        look = {"fillstyle": "none" if seconds == points.seconds.max() else "full"}
+        axes.plot(part.loss, part.predicted, linestyle="", label=f"{seconds:g} s", **look)
     axes.axline((points.loss.min(),) * 2, slope=1, **DOTTED)
     axes.set(xlabel="Measured loss [nats/token]", ylabel="Predicted loss [nats/token]")
-    axes.set(title="Predicted against measured loss")
+    axes.set(title="Predicted against measured loss (hollow: held out)")
 
 
 @styled
@@ -304,13 +309,13 @@ def domain_scores(figure: Figure, table: pd.DataFrame, names: Sequence[str] = ()
 
 @styled
 def published_loss(figure: Figure, hours: float, flops_per_s: float, ratio: float) -> None:
-    """Show what the published fits predict for a budget at every size, with one ratio marked."""
+    """Show what the published fits predict for a budget by size, and what the write-up measured."""
     flops, axes = hours * 3600 * flops_per_s, figure.subplots()
-    n_params = np.geomspace(flops**0.5 / 1e3, flops**0.5, 121)
+    n_params = flops**0.5 * np.geomspace(0.022, 0.42, 121)
     for name, fit in sizing.PUBLISHED_FITS.items():
         axes.plot(n_params, fit.loss(n_params, flops / 6 / n_params), marker="", label=name)
-    marked = sizing.params_at_ratio(flops, ratio)
-    axes.axvline(marked, label=f"{ratio:.3g} tokens per parameter", **DOTTED)
+    axes.plot([*sizing.WRITE_UP], [*sizing.WRITE_UP.values()], "ok", label="write-up's runs, 3 h")
+    axes.axvline(sizing.params_at_ratio(flops, ratio), label=f"{ratio:.3g} to 1", **DOTTED)
     axes.set(xscale="log", xlabel=LABELS["n_params"], ylabel="Predicted loss [nats/token]")
     axes.set(title=f"Published fits, {hours:.3g} h at {flops_per_s:.2g} FLOP/s")
 

@@ -1,13 +1,13 @@
-"""Counting, peaks, memory, and how big a model a budget should train. No torch.
+"""Counting, peaks, memory, and the loss surface L(N, D) = E + A/N^alpha + B/D^beta. No torch.
 
-Symbols as in the scaling-law papers: N parameters, D tokens, C FLOPs. The loss surface
-L(N, D) = E + A/N^alpha + B/D^beta is fitted as Hoffmann et al. 2022 (arXiv:2203.15556) did, with the
-objective that Besiroglu et al. 2024 (arXiv:2404.10102) set right. The optimum in time is in
-``isotime``. N counts the tied embedding once: use one count for points, speeds and sizes alike.
+Symbols as in the scaling-law papers: N parameters, D tokens, C FLOPs; N counts the tied embedding
+once. The surface is fitted as Hoffmann et al. 2022 (arXiv:2203.15556) did, with the objective that
+Besiroglu et al. 2024 (arXiv:2404.10102) set right. The optimum in time is in ``isotime``.
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,21 +18,13 @@ from llmlib.config import LOGITS_AT_ONCE, ModelConfig, TrainConfig, with_micro_b
 
 # Dense bf16 peaks from NVIDIA's datasheets [FLOP/s], by the words of the name that the driver
 # gives. A device that is not here has no datasheet MFU: never a guess.
-PEAK_BF16_FLOPS_PER_S = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "L4": 121e12,
-    "L40S": 362e12,
-    "RTX 3090": 71e12,
-    "RTX 4090": 165e12,
-}
+PEAK_BF16_FLOPS_PER_S = {"A100": 312e12, "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12}
+PEAK_BF16_FLOPS_PER_S |= {"A10": 125e12, "A10G": 70e12, "L4": 121e12, "L40S": 362e12}
+PEAK_BF16_FLOPS_PER_S |= {"RTX 3090": 71e12, "RTX 4090": 165e12}
 # Their memory [GB]; of two sizes the smaller.
 MEMORY_GB = {"A10": 24, "A10G": 24, "A100": 40, "H100": 80, "H200": 141, "L4": 24, "L40S": 48}
 MEMORY_GB |= {"RTX 3090": 24, "RTX 4090": 24}
+WRITE_UP = {110e6: 3.134, 138e6: 3.125, 166e6: 3.123, 180e6: 3.104}  # N: loss, 3 hours of an A100
 OTHER_CHIPS = {"MIG", "NVL", "Laptop", "D", "Ti", "SUPER"}  # share a name, not a peak
 # Of a hidden parameter: what the optimizer keeps, and what it needs besides while it steps [bytes].
 OPTIMIZER_BYTES = {
@@ -72,11 +64,10 @@ def _matmul_params_in_blocks(config: ModelConfig) -> int:
 
 
 def flops_per_token(config: ModelConfig) -> float:
-    """Training FLOPs for one token, forward and backward [FLOP/token].
+    """Training FLOPs for one token, forward and backward [FLOP/token]: PaLM, arXiv:2204.02311.
 
     6 per matmul parameter, the tied head included, plus attention over the whole window (kernels
-    that skip its masked half do fewer). Embedding look-ups are free. PaLM, appendix B
-    (arXiv:2204.02311).
+    that skip its masked half do fewer). Embedding look-ups are free.
     """
     head = config.vocab_size * config.d_model
     attention = 12 * config.n_layer * config.d_model * config.seq_len
@@ -84,8 +75,7 @@ def flops_per_token(config: ModelConfig) -> float:
 
 
 def step_memory(model: ModelConfig, train: TrainConfig) -> int:
-    """Estimate the most memory that a step holds on one GPU [bytes]: in eager mode, so an upper
-    bound for a compiled one.
+    """Estimate the most memory that a step holds on one GPU [bytes]; eager, so an upper bound.
 
     A parameter has 4 bytes of weight, 4 of gradient and its optimizer state. A micro-batch adds
     copies of the matrices in the data type of the products (``b`` bytes a number); per token and
@@ -165,8 +155,7 @@ def published_optima(flops: float) -> pd.DataFrame:
     return table.assign(tokens_per_parameter=table.n_tokens / table.n_params)
 
 
-@dataclass(frozen=True)
-class SurfaceFit:
+class SurfaceFit(NamedTuple):
     """A fitted surface, and one surface for each bootstrap sample (constants of shape (n, 1))."""
 
     surface: LossSurface
@@ -183,12 +172,11 @@ def fit_loss_surface(
 ) -> SurfaceFit:
     """Fit the surface to measured losses, and again to resamples of the points."""
     points = np.array([n_params, n_tokens, loss], float)
-    if not (np.isfinite(points) & (points > 0)).all():
-        raise ValueError("points must be finite and positive; leave out runs that failed.")
-    if len(np.unique(points[:2], axis=1).T) < 6 or min(len(np.unique(p)) for p in points[:2]) < 3:
+    n_each = min(len(np.unique(p)) for p in points[:2])
+    if not (points > 0).all() or len(np.unique(points[:2], axis=1).T) < 6 or n_each < 3:
         raise ValueError(
             f"{points.shape[1]} points can't test five constants; measure 6 or more, at 3 or more "
-            "sizes and 3 or more token counts."
+            "sizes and 3 or more token counts, and leave out runs without a loss."
         )
     centre = np.exp(np.log(points[:2]).mean(axis=1, keepdims=True))
     points[:2] /= centre  # so that A and B do not depend on the exponents
@@ -204,10 +192,9 @@ def fit_loss_surface(
 
 def _minimise(points: np.ndarray, start: ArrayLike) -> OptimizeResult:
     """Minimise Huber's loss on log loss over the five constants."""
-    n_params, n_tokens, loss = points
 
     def residuals(constants: np.ndarray) -> np.ndarray:
-        return np.log(LossSurface(*constants).loss(n_params, n_tokens) / loss)
+        return np.log(LossSurface(*constants).loss(*points[:2]) / points[2])
 
     limits = (0, [np.inf] * 3 + [MAX_EXPONENT] * 2)
     return least_squares(residuals, start, bounds=limits, loss="huber", f_scale=HUBER_DELTA)

@@ -47,7 +47,6 @@ PLANS = {
     ),
 }
 VAL_TOKENS = 64_000  # that a study's run is scored on, at most
-SIZE_SEEDS = (1, 2, 3)
 MIN_STEPS = 4  # of a run
 
 
@@ -210,21 +209,49 @@ def size_settings(base: ModelConfig, train: TrainConfig, plan: Plan) -> Settings
     return settings
 
 
-def iso_time_settings(sizes: Settings, speeds: pd.Series, plan: Plan) -> Settings:
+def iso_time_settings(
+    sizes: Settings,
+    speeds: pd.Series,
+    plan: Plan,
+    *,
+    factors: dict[str, float] | None = None,
+    best: pd.Series | None = None,
+    n_seeds: int = 3,
+    max_tokens: float = float("inf"),
+) -> Settings:
     """Every size for every time, by its speed [tokens/s], in whole steps; whole runs.
 
-    The middle size (of five or more, the middle three) has three seeds, for the noise, at all times
-    but the longest, where they cost most. A speed that is NaN (the step failed) leaves its size out.
+    ``factors`` multiply a size's peak rates. ``n_seeds`` go to the three sizes next to the ``best``
+    of each time [parameters, by time]; while it is not known, to the middle size at the shortest
+    time, for the noise. Left out are runs of more than ``max_tokens`` and sizes whose speed is NaN
+    (the step failed); if that leaves none, it is refused.
     """
-    half, beside, settings = len(sizes) // 2, len(sizes) > 4, {}
-    middle = list(sizes)[half - beside : half + beside + 1]
+    repeated = {(min(plan.times), list(sizes)[len(sizes) // 2])}
+    if best is not None:
+        n_params = pd.Series({name: count_params(model) for name, (model, _) in sizes.items()})
+        far = {seconds: np.log(n_params / n).abs() for seconds, n in best.items()}
+        repeated = {(seconds, name) for seconds in far for name in far[seconds].nsmallest(3).index}
+    settings = {}
     for name, (model, train) in sizes.items():
-        per_step = train.n_sequences * model.seq_len
-        light = {"eval_windows": VAL_TOKENS // model.seq_len, "eval_all": False, "n_evals": 1}
+        factor = (factors or {}).get(name, 1.0)
+        rates = {rate: getattr(train, rate) for rate in ("lr", "embed_lr", "vector_lr")}
+        tuned = override(train, **{rate: factor * value for rate, value in rates.items() if value})
         for seconds in plan.times if speeds[name] > 0 else ():
-            n_steps = max(round(speeds[name] * seconds / per_step), MIN_STEPS)
-            repeats = name in middle and seconds < max(plan.times)
-            for seed in SIZE_SEEDS if repeats else SIZE_SEEDS[:1]:
-                run = override(train, budget_tokens=n_steps * per_step, seed=seed, **light)
-                settings[f"{name}-{seconds:g}s-seed{seed}"] = model, run
+            _, run = in_time((model, tuned), speeds[name], seconds)
+            n_runs = n_seeds if (seconds, name) in repeated else 1
+            for seed in range(1, n_runs + 1) if run.budget_tokens <= max_tokens else ():
+                label = f"{name}-{seconds:g}s-x{factor:.3g}-seed{seed}"
+                settings[label] = model, override(run, seed=seed)
+    if not settings:
+        raise ValueError(
+            f"every run would train on more than {max_tokens:,.0f} tokens, four epochs of the text; "
+            "bring more text, or leave 03 out (--only)."
+        )
     return settings
+
+
+def iso_time_points(trials: pd.DataFrame) -> pd.DataFrame:
+    """Read size, time [s] and factor of the rates off the labels of finished runs."""
+    parts = trials.run.str.extract("(?P<size>.+)-(?P<seconds>.+)s-x(?P<factor>.+)-seed")
+    points = trials.join(parts.astype({"seconds": float, "factor": float}))
+    return points[points.status == "finished"].copy()

@@ -38,7 +38,7 @@ FIGURES = {
     "domain_mix": lambda: plots.domain_mix(DOMAINS),
     "speed_ups": lambda: plots.speed_ups(SPEEDS),
     "iso_time": lambda: plots.iso_time(POINTS, OPTIMA, {"20:1": 2e6}),
-    "loss_by_time": lambda: plots.loss_by_time(OPTIMA, OPTIMA),
+    "loss_by_time": lambda: plots.loss_by_time(OPTIMA, OPTIMA, OPTIMA),
     "predicted_loss": lambda: plots.predicted_loss(POINTS),
     "lr_sensitivity": lambda: plots.lr_sensitivity(TRIALS),
     "recipes": lambda: plots.recipes(TRIALS),
@@ -73,7 +73,7 @@ def test_a_failed_run_has_no_point_and_an_optimum_at_the_edge_a_ring():
 def test_a_refused_optimum_has_no_point():
     refused = OPTIMA.assign(n_params=nan, loss=nan)
     for optima, n_points in ((OPTIMA, 1), (refused, 0)):
-        [bars, _] = plots.loss_by_time(optima, refused).axes[0].containers
+        [_, bars] = plots.loss_by_time(optima, refused, optima).axes[0].containers
         assert pd.notna(bars[0].get_ydata()).sum() == n_points
         [bars] = plots.iso_time(POINTS, optima, {}).axes[0].containers
         assert len(bars[0].get_xdata()) == n_points

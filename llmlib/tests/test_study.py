@@ -11,6 +11,7 @@ from scipy import stats
 
 from llmlib import runs, study
 from llmlib.config import SCALES, override
+from llmlib.sizing import count_params
 from llmlib.study import PLANS
 from llmlib.tests.conftest import FP32, SMOKE
 
@@ -26,26 +27,45 @@ def test_sizes_get_the_tokens_that_their_speed_buys_in_whole_steps(scale):
     speeds = pd.Series([1000.4 * per_step / n for n in range(1, len(sizes) + 1)], index=list(sizes))
     settings = study.iso_time_settings(sizes, speeds, plan)
     for name, (model, run) in settings.items():
-        size, seconds, _ = name.split("-")
+        size, seconds, *_ = name.split("-")
         factor = (base.model.d_model / model.d_model) ** 0.5
         assert (run.lr, run.embed_lr) == pytest.approx((train.lr * factor, 7 * train.lr * factor))
         bought = speeds[size] * float(seconds[:-1])
         assert run.budget_tokens % per_step == 0 and not run.eval_all
         assert abs(run.budget_tokens - bought) <= per_step / 2
         assert run.eval_windows * model.seq_len <= study.VAL_TOKENS
-    n_repeats = (len(study.SIZE_SEEDS) - 1) * (len(plan.times) - 1)
-    assert len(settings) == len(sizes) * len(plan.times) + n_repeats
+    assert len(settings) == len(sizes) * len(plan.times) + 2  # seeds, at one size and time
     aspect = [d_model / n_layer for n_layer, d_model in plan.sizes]
     assert max(aspect) <= 4 * min(aspect)
 
 
-def test_of_five_sizes_the_middle_three_have_seeds():
+def test_seeds_go_to_the_three_sizes_next_to_the_best_and_factors_to_every_rate():
     plan = replace(PLANS["smoke"], sizes=tuple((1, 32 * n) for n in range(1, 6)), times=(1.0, 2.0))
+    sizes = study.size_settings(SMOKE.model, override(SMOKE.train, embed_lr=0.5), plan)
+    best = pd.Series({1.0: 1e3, 2.0: count_params(sizes["1x128"][0])})
+    named = {"factors": {"1x64": 0.5}, "best": best, "n_seeds": 2}
+    settings = study.iso_time_settings(sizes, pd.Series(1e6, index=list(sizes)), plan, **named)
+    repeated = [name.removesuffix("-seed2") for name in settings if name.endswith("seed2")]
+    assert repeated == ["1x32-1s-x1", "1x64-1s-x0.5", "1x96-1s-x1"] + [
+        f"1x{width}-2s-x1" for width in (96, 128, 160)
+    ]
+    run, before = settings["1x64-1s-x0.5-seed1"][1], sizes["1x64"][1]
+    assert (run.lr, run.embed_lr) == (before.lr / 2, before.embed_lr / 2) and run.vector_lr is None
+    trials = pd.DataFrame({"run": list(settings), "status": "finished", "loss": 3.0})
+    points = study.iso_time_points(trials)
+    assert set(points.seconds) == {1.0, 2.0} and points.factor.min() == 0.5
+    assert set(points["size"]) == set(sizes)
+    assert study.iso_time_points(trials.assign(status="failed: why")).empty
+
+
+def test_runs_of_more_tokens_than_allowed_are_left_out_and_none_is_refused():
+    plan = replace(PLANS["smoke"], times=(1.0, 2.0))
     sizes = study.size_settings(SMOKE.model, SMOKE.train, plan)
-    settings = study.iso_time_settings(sizes, pd.Series(1e6, index=list(sizes)), plan)
-    repeated = {name.split("-")[0] for name in settings if name.endswith("-1s-seed3")}
-    assert repeated == {"1x64", "1x96", "1x128"}
-    assert not any(name.endswith("-2s-seed3") for name in settings)
+    speeds = pd.Series(1e6, index=list(sizes))
+    settings = study.iso_time_settings(sizes, speeds, plan, max_tokens=1.5e6)
+    assert {name.split("-")[1] for name in settings} == {"1s"}
+    with pytest.raises(ValueError, match="more than 1,000 tokens, four epochs"):
+        study.iso_time_settings(sizes, speeds, plan, max_tokens=1e3)
 
 
 def test_a_size_whose_step_failed_is_left_out_and_none_has_fewer_than_the_least_steps():
