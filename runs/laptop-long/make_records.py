@@ -1,8 +1,9 @@
-"""Make the long study behind notebook 04: python runs/laptop-long/make_records.py recipe|growth
+"""Make the long study behind notebook 04: make_records.py recipe, then refine, then growth
 
-"recipe" tunes every optimizer, judges the arms and builds `best` from ingredients; "growth" asks
-whether its gain holds as models grow. A part that was stopped goes on from its tables, which are
-written below this folder; another commit, processor or corpus is refused.
+"recipe" tunes every optimizer, judges the arms and builds `best` from ingredients. It found AdamW's
+best rate for the norm gains a hundred times above where Muon's search had begun, so "refine" begins
+Muon's there too. "growth" asks whether the gain of `best` holds as models grow. A part that was
+stopped goes on from its tables below this folder; another commit, processor or corpus is refused.
 """
 
 import argparse
@@ -76,10 +77,11 @@ class Study:
         settings = [shaped(s, config.override(BASE.train, **k)) for s in shapes for k in kinds]
         steps = [bench.Variant(step_name(*setting), *setting) for setting in settings]
         if steps:
-            turns = {"n_rounds": 3, "n_steps": 10}
-            table = self.record.cached_table("speeds", lambda: bench.measure(steps, **turns))
-            n_tokens = table.micro_batch * BASE.model.seq_len
-            self.step_seconds = dict(zip(table.name, n_tokens / table.tokens_per_s, strict=True))
+            turns = {"n_processes": 1, "n_rounds": 3, "n_steps": 10}
+            self.record.cached_table("speeds", lambda: bench.measure(steps, **turns))
+        table = pd.read_csv(HERE / "04_recipe" / "speeds.csv")
+        n_tokens = table.micro_batch * BASE.model.seq_len
+        self.step_seconds = dict(zip(table.name, n_tokens / table.tokens_per_s, strict=True))
 
     def speed(self, model: config.ModelConfig, train: config.TrainConfig) -> float:
         """Return tokens/s: AdamW's step of this batch, and what the optimizer takes more at 8."""
@@ -152,6 +154,32 @@ def recipe() -> None:
         part.train(f"budget_{share:g}", finals, (11, 12, 13), share * SECONDS)
 
 
+def refine() -> None:
+    """Search Muon's rate of the norm gains from above, and judge what it and the last part gave."""
+    part, before = Study("04_refine"), read_arm("04_recipe", "best")
+    arms = {"Muon": before, "AdamW tuned": read_arm("04_recipe", "AdamW tuned")}
+    above = part.search(replace(before, vector_lr=0.16), (("vector_lr",),))
+    changes = {"faster norm gains": {"vector_lr": above.vector_lr}}
+    changes["embedding without decay"] = {"embed_decay": 0.0}
+    together, undo = part.improve("muon", before, changes)
+    arms["best"] = replace(before, **together)
+    runs.write_json(part.record.path / "best.json", config.to_json(arms["best"]))
+    for shape in (MAIN, SECOND):
+        at = {name: part.search(arm, (("lr", "embed_lr"),), shape) for name, arm in arms.items()}
+        part.train(f"arms_{shape}", {k: shaped(shape, v) for k, v in at.items()}, range(11, 16))
+        without = {f"without {gain}": replace(at["best"], **old) for gain, old in undo.items()}
+        tries = {k: shaped(shape, v) for k, v in ({"whole": at["best"]} | without).items()}
+        part.train(f"leave_one_out_{shape}", tries, (4, 5, 6))
+    for share in (0.25, 0.5):
+        part.train(
+            f"budget_{share:g}", {"best": shaped(MAIN, arms["best"])}, (11, 12, 13), share * SECONDS
+        )
+
+
+def read_arm(part: str, name: str) -> config.TrainConfig:
+    return config.TrainConfig(**runs.read_json(HERE / part / f"{name}.json"))
+
+
 def growth() -> None:
     """Compare AdamW tuned and best at equal tokens per parameter, with rates checked at each size."""
     part = Study("04_growth")
@@ -160,12 +188,12 @@ def growth() -> None:
         part.speed = lambda *_, n=n_tokens: n / SECONDS
         found = {}
         for name in IMPROVED.values():
-            start = config.TrainConfig(**runs.read_json(HERE / "04_recipe" / f"{name}.json"))
+            start = read_arm("04_refine" if name == "best" else "04_recipe", name)
             found[name] = shaped(shape, part.search(start, (("lr", "embed_lr"),), shape))
         part.train("growth", {f"{shape} {k}": v for k, v in found.items()}, (21, 22, 23))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("recipe", "growth"))
-    {"recipe": recipe, "growth": growth}[parser.parse_args().part]()
+    parser.add_argument("part", choices=("recipe", "refine", "growth"))
+    globals()[parser.parse_args().part]()
