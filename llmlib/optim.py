@@ -42,9 +42,8 @@ def build_optimizer(
     groups = param_groups(model, config, decay)
     if config.optimizer == "adamw":  # Loshchilov and Hutter, arXiv:1711.05101
         return torch.optim.AdamW(groups, config.lr, config.betas, fused=True)
-    if config.optimizer in ("muon", "normuon"):
-        how = {"by_rows": config.optimizer == "normuon", "cautious": config.cautious}
-        return Muon(groups, config.lr, config.betas, dtype, **how)
+    if config.optimizer == "muon":
+        return Muon(groups, config.lr, config.betas, dtype)
     if config.optimizer == "sophia":
         return Sophia(groups, config.lr, (0.965, 0.99), config.rho)
     tokens_per_step = config.n_sequences * model.config.seq_len
@@ -60,24 +59,16 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
 class Muon(torch.optim.AdamW):
     """Muon for the first group, the hidden matrices, AdamW for the others (K. Jordan 2024).
 
-    Its step sizes match AdamW's in root mean square (arXiv:2502.16982). ``by_rows`` makes the rows of
-    a step equally large over time (NorMuon, arXiv:2510.05491); ``cautious`` decays only the entries
-    that the step makes smaller too.
+    Its step sizes match AdamW's in root mean square (arXiv:2502.16982).
     """
 
+    MOMENTUM = 0.95
+
     def __init__(
-        self,
-        groups: list[dict],
-        lr: float,
-        betas: tuple[float, float],
-        dtype: torch.dtype,
-        *,
-        by_rows: bool = False,
-        cautious: bool = False,
+        self, groups: list[dict], lr: float, betas: tuple[float, float], dtype: torch.dtype
     ):
         super().__init__(groups, lr, betas, fused=True)
-        self.dtype, self.by_rows, self.cautious = dtype, by_rows, cautious
-        self.momentum = 0.95
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self) -> None:
@@ -87,18 +78,10 @@ class Muon(torch.optim.AdamW):
             params = [p for p in hidden["params"] if p.shape == shape]
             grads = [p.grad for p in params]
             momenta = zero_state(self, params, "momentum")
-            torch._foreach_lerp_(momenta, grads, 1 - self.momentum)
-            updates = torch._foreach_lerp(grads, momenta, self.momentum)  # Nesterov's
+            torch._foreach_lerp_(momenta, grads, 1 - self.MOMENTUM)
+            updates = torch._foreach_lerp(grads, momenta, self.MOMENTUM)  # Nesterov's
             update = orthogonalize(torch.stack(updates), self.dtype)
-            if self.by_rows:
-                update = self._even_rows(params, update)
-            decay = hidden["lr"] * hidden["weight_decay"]
-            if self.cautious:
-                weights = torch.stack(params)
-                kept = (1 - decay * (weights * update > 0)).unbind()
-                torch._foreach_mul_(params, kept)
-            else:
-                torch._foreach_mul_(params, 1 - decay)
+            torch._foreach_mul_(params, 1 - hidden["lr"] * hidden["weight_decay"])
             lr = 0.2 * max(shape) ** 0.5 * hidden["lr"]
             torch._foreach_add_(params, update.unbind(), alpha=-lr)
         for param in hidden["params"]:
@@ -106,41 +89,14 @@ class Muon(torch.optim.AdamW):
             self.state[param].setdefault("step", torch.zeros(()))  # but looks for this in loading
         super().step()
 
-    def _even_rows(self, params: list[Tensor], update: Tensor) -> Tensor:
-        """Divide the rows of a step (n, rows, columns) by their size over time; its norm stays."""
-        squares = zero_state(self, params, "row_squares", n_columns=1)
-        torch._foreach_lerp_(squares, update.square().mean(2, keepdim=True).unbind(), 0.05)
-        even = update / (torch.stack(squares).sqrt() + 1e-10)
-        norms = [x.norm(dim=(1, 2), keepdim=True) for x in (update, even)]
-        return even * (norms[0] / norms[1].clamp(min=1e-10))
 
-
-def zero_state(
-    optimizer: torch.optim.Optimizer, params: list[Tensor], name: str, n_columns: int | None = None
-) -> list[Tensor]:
+def zero_state(optimizer: torch.optim.Optimizer, params: list[Tensor], name: str) -> list[Tensor]:
     """List the state of that name of each parameter; it begins as zeros."""
     states = [optimizer.state[p] for p in params]
     for p, state in zip(params, states, strict=True):
         if name not in state:
-            state[name] = torch.zeros_like(p if n_columns is None else p[:, :n_columns])
+            state[name] = torch.zeros_like(p)
     return [state[name] for state in states]
-
-
-@torch.no_grad()
-def average_weights(optimizer: torch.optim.Optimizer, share: float) -> None:
-    """Move the average of the weights towards them by a share; it is part of the optimizer's state."""
-    for group in optimizer.param_groups:
-        averages = zero_state(optimizer, group["params"], "average")
-        torch._foreach_lerp_(averages, group["params"], share)
-
-
-@torch.no_grad()
-def use_average(optimizer: torch.optim.Optimizer) -> None:
-    """Put the averaged weights in the place of the last ones."""
-    for group in optimizer.param_groups:
-        torch._foreach_copy_(
-            group["params"], [optimizer.state[p]["average"] for p in group["params"]]
-        )
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:

@@ -204,24 +204,14 @@ def gains(figure: Figure, panels: dict[str, pd.DataFrame]) -> None:
         for shift, (shape, look) in zip((0.15, -0.15), looks(shapes).items(), strict=False):
             part = table[table["shape"] == shape]
             places = [order.index(arm) + shift for arm in part.arm]
-            bars = {"xerr": _spread(part, "difference"), "capsize": 2, "label": shape}
+            spread = [part.difference - part.low, part.high - part.difference]
+            bars = {"xerr": spread, "capsize": 2, "label": shape}
             axes.errorbar(part.difference, places, **(look | {"linestyle": ""}), **bars)
         axes.axvline(0, color=BLACK, linewidth=1)
         axes.set_yticks(range(len(order)), [literal(name) for name in order])
         axes.set(title=title)
         axes.grid(axis="y", visible=False)
     rows[-1].set(xlabel="Difference in validation loss [nats/token], 95 % interval")
-
-
-@styled
-def gain_by_size(figure: Figure, table: pd.DataFrame) -> None:
-    """Show the difference in loss between two arms by size, with 95 % intervals."""
-    axes = figure.subplots()
-    bars = {"capsize": 3, "color": BLUE, "marker": "o"}
-    axes.errorbar(table.n_params, table.difference, _spread(table, "difference"), **bars)
-    axes.axhline(0, color=BLACK, linewidth=1)
-    axes.set(xscale="log", xlabel=LABELS["n_params"], ylabel="Difference in loss [nats/token]")
-    axes.set(title="best - AdamW tuned, by size")
 
 
 @styled

@@ -19,7 +19,7 @@ def lr_factor(config: TrainConfig, progress: float) -> float:
     Topin 2018), the recipe's. one_cycle_unfinished breaks off where the winner's run did, which was
     planned on steps and stopped by the clock. The others rise linearly. cosine falls on a cosine
     (arXiv:1608.03983), linear linearly (arXiv:2502.15938), wsd stays at the peak until the last
-    ``cooldown`` (arXiv:2405.18392); what is left of these two falls as a power.
+    ``cooldown`` (arXiv:2405.18392).
     """
     progress, start = min(max(progress, 0.0), 1.0), config.warmup
     if config.schedule == "one_cycle_unfinished":
@@ -31,15 +31,9 @@ def lr_factor(config: TrainConfig, progress: float) -> float:
         start = max(start, 1 - config.cooldown)
     fallen = (progress - start) / (1 - start) if progress > start else 0.0
     if config.schedule in ("linear", "wsd"):
-        return config.final_lr + (1.0 - config.final_lr) * (1.0 - fallen) ** config.cooldown_power
+        return 1.0 + (config.final_lr - 1.0) * fallen
     return _cosine(1.0, config.final_lr, fallen)
 
 
 def _cosine(start: float, end: float, share: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
-
-
-def momentum(config: TrainConfig, progress: float) -> float:
-    """Let Muon's momentum rise from 0.85 to 0.95 over the first ``momentum_warmup`` (modded-nanogpt)."""
-    share = min(progress / config.momentum_warmup, 1.0) if config.momentum_warmup else 1.0
-    return 0.85 + 0.10 * share

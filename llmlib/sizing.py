@@ -30,7 +30,6 @@ OTHER_CHIPS = {"MIG", "NVL", "Laptop", "D", "Ti", "SUPER"}  # share a name, not 
 OPTIMIZER_BYTES = {
     "adamw": (8, 0),
     "muon": (4, 8),
-    "normuon": (4, 12),
     "sophia": (8, 9),
     "sophia_writeup": (8, 9),
 }

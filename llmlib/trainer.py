@@ -17,10 +17,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from llmlib import checkpoint, data, devices, optim, runs, schedule, step
+from llmlib import checkpoint, data, devices, runs, step
 from llmlib.budget import KINDS, Budget
 from llmlib.model import build_model
 from llmlib.optim import build_optimizer
+from llmlib.schedule import lr_factor
 from llmlib.sizing import count_params, flops_per_token
 
 MAX_BAD_STEPS = 3  # steps in a row that are not finite before the run goes back, once
@@ -40,7 +41,6 @@ class TrainState:
     step: int = 0  # optimizer steps taken
     progress: float = 0.0  # of the last one
     data_step: int = 0  # batches drawn: never goes back, so no data is met twice after trouble
-    n_averaged: int = 0  # steps whose weights are in the average
     n_skipped: int = 0  # steps that took no gradient
     n_rollbacks: int = 0
     is_over: bool = False  # the budget is spent
@@ -116,8 +116,7 @@ class Trainer:
         """Take a step, book it and log it; one that is not finite takes no gradient."""
         if not self.is_warm:
             self.write("phase", text="compilation begins")
-        state, factor = self.state, schedule.lr_factor(self.config, progress)
-        self.optimizer.momentum = schedule.momentum(self.config, progress)  # Muon's
+        state, factor = self.state, lr_factor(self.config, progress)
         loss, norm = self._try_step(inputs, targets, factor).tolist()
         seconds = self.budget.book("training" if self.is_warm else "compile")
         self.is_warm = True
@@ -128,9 +127,6 @@ class Trainer:
             self.event(f"step {state.step} took no gradient: loss {loss}, gradient norm {norm}")
             return
         self.n_bad_in_a_row = 0
-        if progress > 1 - self.config.average:
-            state.n_averaged += 1
-            optim.average_weights(self.optimizer, 1 / state.n_averaged)
         tokens_per_s, peak = self.tokens_per_step / seconds, self.about.peak_flops_per_s
         flops_per_s = tokens_per_s * flops_per_token(self.about.model) / step.world_size()
         row = {"progress": progress, "lr": self.config.lr * factor, "loss": loss, "grad_norm": norm}
@@ -210,8 +206,6 @@ class Trainer:
                 self.state.is_over = True
                 if failure := self._save(waits=True):
                     self.event(failure)
-            if self.state.n_averaged:
-                optim.use_average(self.optimizer)
             windows = data.eval_windows(*self.split) if self.config.eval_all else self.windows
             final = step.evaluate(self.model, windows, self.device, self.dtype)
             result = self._summary() | {"val": final, "val_sha256": data.sha256(windows)}

@@ -4,6 +4,8 @@
 best rate for the norm gains a hundred times above where Muon's search had begun, so "refine" begins
 Muon's there too. "growth" asks whether the gain of `best` holds as models grow. A part that was
 stopped goes on from its tables below this folder; another commit, processor or corpus is refused.
+NorMuon, cautious decay, momentum warm-up, a power-law cool-down and averaged weights gained nothing
+and are gone from llmlib; the commit that the tables name has them.
 """
 
 import argparse
@@ -35,17 +37,11 @@ TO_ZERO = {  # schedules; of those that gain, the best
     "decay to zero": {"final_lr": 0.0},
     "linear to zero": {"schedule": "linear", "final_lr": 0.0},
     "cool-down of 85 %": {"schedule": "wsd", "cooldown": 0.85, "final_lr": 0.0},
-    "cool-down of 50 %, power 1.2": {"schedule": "wsd", "cooldown_power": 1.2, "final_lr": 0.0},
+    "cool-down of 50 %": {"schedule": "wsd", "final_lr": 0.0},
 }
 CANDIDATES = TO_ZERO | {
     "zero-initialised projections": {"zero_init": True},
-    "average of the last 5 %": {"average": 0.05},
     "embedding without decay": {"embed_decay": 0.0},
-}
-OF_MUON = {
-    "NorMuon": {"optimizer": "normuon"},
-    "cautious decay": {"cautious": True},
-    "momentum warm-up": {"momentum_warmup": 0.15},
 }
 
 
@@ -55,8 +51,8 @@ def shaped(shape: str, train: config.TrainConfig) -> study.Setting:
 
 
 def step_name(model: config.ModelConfig, train: config.TrainConfig) -> str:
-    kind = "cautious " * train.cautious + train.optimizer.removesuffix("_writeup")
-    return f"{model.n_layer}x{model.d_model} {kind}, batch {train.micro_batch}"
+    optimizer = train.optimizer.removesuffix("_writeup")
+    return f"{model.n_layer}x{model.d_model} {optimizer}, batch {train.micro_batch}"
 
 
 class Study:
@@ -71,8 +67,7 @@ class Study:
         self.record = runs.Record(
             HERE / name, about | {"seconds": SECONDS, "val_sha256": data.sha256(windows)}
         )
-        kinds = [{"optimizer": o} for o in ("adamw", "muon", "normuon", "sophia")]
-        kinds += [{"optimizer": o, "cautious": True} for o in ("muon", "normuon")]
+        kinds = [{"optimizer": o} for o in ("adamw", "muon", "sophia")]
         kinds += [{"micro_batch": n} for n in (1, 2, 4, 16)]
         settings = [shaped(s, config.override(BASE.train, **k)) for s in shapes for k in kinds]
         steps = [bench.Variant(step_name(*setting), *setting) for setting in settings]
@@ -86,7 +81,7 @@ class Study:
     def speed(self, model: config.ModelConfig, train: config.TrainConfig) -> float:
         """Return tokens/s: AdamW's step of this batch, and what the optimizer takes more at 8."""
         at_8 = replace(train, micro_batch=8)
-        adamw = [replace(t, optimizer="adamw", cautious=False) for t in (train, at_8)]
+        adamw = [replace(t, optimizer="adamw") for t in (train, at_8)]
         own, less, more = (self.step_seconds[step_name(model, t)] for t in (*adamw, at_8))
         return train.micro_batch * model.seq_len / (own + more - less)
 
@@ -135,8 +130,7 @@ def recipe() -> None:
         arms[name] = part.search(config.override(BASE.train, **start), own)
     arms["Sophia, rho tuned"] = part.search(arms["Sophia as published"], (("rho",), ("lr",)))
     for base, name in IMPROVED.items():
-        changes = CANDIDATES | (OF_MUON if base == "Muon" else {})
-        together, undo = part.improve(base.lower(), arms[base], changes)
+        together, undo = part.improve(base.lower(), arms[base], CANDIDATES)
         arms[name] = part.search(config.override(arms[base], **together), one_by_one[:2])
         runs.write_json(part.record.path / f"{name}.json", config.to_json(arms[name]))
         for shape in (MAIN, SECOND) if name == "best" and undo else ():
@@ -157,23 +151,12 @@ def recipe() -> None:
 def refine() -> None:
     """Search Muon's rate of the norm gains from above, and judge what it and the last part gave."""
     part, before = Study("04_refine"), read_arm("04_recipe", "best")
-    arms = {"Muon": before, "AdamW tuned": read_arm("04_recipe", "AdamW tuned")}
     above = part.search(replace(before, vector_lr=0.16), (("vector_lr",),))
     changes = {"faster norm gains": {"vector_lr": above.vector_lr}}
     changes["embedding without decay"] = {"embed_decay": 0.0}
-    together, undo = part.improve("muon", before, changes)
-    arms["best"] = replace(before, **together)
-    runs.write_json(part.record.path / "best.json", config.to_json(arms["best"]))
-    for shape in (MAIN, SECOND):
-        at = {name: part.search(arm, (("lr", "embed_lr"),), shape) for name, arm in arms.items()}
-        part.train(f"arms_{shape}", {k: shaped(shape, v) for k, v in at.items()}, range(11, 16))
-        without = {f"without {gain}": replace(at["best"], **old) for gain, old in undo.items()}
-        tries = {k: shaped(shape, v) for k, v in ({"whole": at["best"]} | without).items()}
-        part.train(f"leave_one_out_{shape}", tries, (4, 5, 6))
-    for share in (0.25, 0.5):
-        part.train(
-            f"budget_{share:g}", {"best": shaped(MAIN, arms["best"])}, (11, 12, 13), share * SECONDS
-        )
+    together, _ = part.improve("muon", before, changes)
+    best = replace(before, **together)
+    runs.write_json(part.record.path / "best.json", config.to_json(best))
 
 
 def read_arm(part: str, name: str) -> config.TrainConfig:
