@@ -113,6 +113,7 @@ def test_domain_windows_are_windows_of_the_domains_own_documents(pajama):
         assert np.array_equal(found[:, :-1].ravel(), stream[: n * 16])
         assert np.array_equal(found[:, 1:].ravel(), stream[1 : n * 16 + 1])
     assert data.domain_windows(pajama, 10**6) == {}
+    assert [*data.domain_windows(pajama, 100)] == ["others"]
 
 
 def test_mistakes_are_named_with_the_remedy(pajama, counting, tmp_path):
