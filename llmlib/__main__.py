@@ -1,5 +1,5 @@
-"""The command line: ``run`` executes the workbook, ``sample`` continues a prompt, ``export`` writes
-a run's model for Hugging Face's transformers, ``plan`` says what a run will be.
+"""The command line: ``run`` executes the workbook, ``sample`` continues a prompt, ``evaluate`` scores
+a model, ``export`` writes one for Hugging Face's transformers, ``plan`` says what a run will be.
 
 A notebook whose record is finished reloads it in seconds, and one that was interrupted goes on.
 Exit status: 0 done, 1 a notebook failed, 2 the request was wrong, 128 + signal when stopped.
@@ -20,17 +20,32 @@ from llmlib import inference, plan, runs
 from llmlib.config import SCALES
 
 NOTEBOOKS = runs.ROOT / "notebooks"
+ARMS = {  # of 05_full_run, which 06 compares: record -> parameters
+    "05_full_run": {"recipe": "best"},
+    "05_winner2024": {"recipe": "winner2024"},
+    "05_gpt2": {"recipe": "winner2024", "arch": "gpt2"},  # the organisers' baseline
+}
 READERS = {"str": str, "int": int, "float": float}  # of a parameter's text, by its type
 
 
-def run_all(scale: str, only: str, parameters: list[tuple[str, str]], runs_dir: str) -> None:
-    """Run the selected notebooks at a scale; parameters are pairs of a name and a text."""
+def run_all(
+    scale: str, only: str, parameters: list[tuple[str, str]], runs_dir: str, arms: bool = False
+) -> None:
+    """Run the selected notebooks at a scale; parameters are pairs of a name and a text.
+
+    05 runs once for each of ``ARMS`` that the parameters leave as it is; at ``a100``, where that
+    takes hours, only if asked.
+    """
     folder = runs.runs_folder(scale, runs_dir)
     given = dict(parameters) | {"scale": scale} | ({"runs_dir": str(folder)} if runs_dir else {})
     chosen = read_parameters(select(only), given)
-    for i, (stem, values) in enumerate(chosen.items()):
-        print(f"[{i + 1}/{len(chosen)}] {stem}", flush=True)
-        execute(stem, folder / values.get("run_name", stem), values)
+    for i, (stem, values) in enumerate(chosen.items(), 1):
+        is_compared = stem == "05_full_run" and (arms or scale != "a100")
+        jobs = [{"run_name": name} | arm for name, arm in ARMS.items() if is_compared]
+        for job in [job | values for job in jobs if not job.keys() & values.keys()] or [values]:
+            record = folder / job.get("run_name", stem)
+            print(f"[{i}/{len(chosen)}] {record.name}", flush=True)
+            execute(stem, record, job)
     print(f"Everything is in {folder}")
 
 
@@ -90,7 +105,7 @@ def execute(stem: str, record: Path, values: dict[str, Any]) -> None:
     notebook.metadata.papermill.update(paths)  # no path of this machine
     nbformat.write(notebook, partial)
     partial.replace(record / "notebook.ipynb")
-    print(f"{stem}: done after {notebook.metadata.papermill.duration:.0f} s", flush=True)
+    print(f"{record.name}: done after {notebook.metadata.papermill.duration:.0f} s", flush=True)
 
 
 def sample(run: Path, prompt: str, n_new: int, temperature: float) -> None:
@@ -112,6 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
     pair = {"nargs": 2, "metavar": ("NAME", "VALUE"), "action": "append", "default": []}
     add("-p", **pair, dest="parameters", help="set a notebook parameter (repeatable)")
     add("--runs-dir", default="", help="where records go (runs/local/SCALE)")
+    add("--arms", action="store_true", help=f"at a100, too, run 05 as {', '.join(ARMS)}")
 
     run = {"type": Path, "help": "a finished run: runs/local/laptop/05_full_run"}
     add = commands.add_parser("sample", help="continue a prompt from a run's weights").add_argument
@@ -119,6 +135,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("prompt")
     add("-n", type=int, default=200, dest="n_new", help="tokens to add at most")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest")
+
+    add = commands.add_parser("evaluate", help="score a model on held-out documents").add_argument
+    add("model", type=Path, help="a finished run, or a Hugging Face folder of a Llama or GPT-2")
+    add("--tokens", type=Path, required=True, dest="tokens_dir", help="01_data_prep/tokens")
 
     add = commands.add_parser("export", help="write a run's model for Hugging Face").add_argument
     add("run", **run)
@@ -138,6 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = {
         "run": run_all,
         "sample": sample,
+        "evaluate": lambda **how: print(inference.score(**how).to_string(index=False)),
         "export": lambda **how: print(f"The model is in {inference.export(**how)}"),
         "plan": lambda **how: print(plan.make_plan(**how).to_string(index=False)),
     }

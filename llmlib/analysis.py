@@ -34,11 +34,15 @@ def find(pattern: str, folders: tuple[Path, ...]) -> dict[str, Path]:
 
 
 def load_curve(run: Path) -> pd.DataFrame:
-    """Read a run's steps and validations: one row each, with what it does not know as NaN."""
+    """Read a run's steps, validations and final score: one row each; what it lacks is NaN."""
     curve = runs.read_metrics(run).reindex(columns=CURVE_COLUMNS)
+    if result := runs.read_result(run):  # on all held-out documents
+        final = {"kind": "final", "step": result["n_steps"], "tokens": result["n_tokens"]}
+        final |= {"seconds": sum(result["seconds"].values()), "val_loss": result["val"]["loss"]}
+        curve = pd.concat([curve, pd.DataFrame([final])], ignore_index=True)
     model = ModelConfig(**runs.read_config(run)["model"])
     curve["flops"] = curve.tokens * flops_per_token(model)
-    return curve[curve.kind.isin(["step", "eval"])]
+    return curve[curve.kind.isin(["step", "eval", "final"])]
 
 
 def literal(name: str) -> str:
@@ -101,12 +105,23 @@ def file_table(manifest: dict[str, Any]) -> pd.DataFrame:
     return table.groupby(["what", "kind"], as_index=False).agg({"count": "sum", "first": "first"})
 
 
-def domain_scores(scores: dict[str, dict[str, float]], split: list[dict[str, Any]]) -> pd.DataFrame:
-    """Tabulate each domain's scores (as ``step.evaluate`` gives them), with its bits per byte."""
-    table = pd.DataFrame([{"domain": domain} | values for domain, values in scores.items()])
-    bytes_per_token = table.domain.map(domain_table(split).set_index("domain").bytes_per_token)
-    table["bits_per_byte"] = bits_per_byte(table.loss, 1 / bytes_per_token)
-    return table.sort_values("bits_per_byte", ignore_index=True)
+def domain_scores(scores: dict[str, np.ndarray], split: list[dict[str, Any]]) -> pd.DataFrame:
+    """Tabulate loss and bits per byte by domain, with 95 % intervals by bootstrap over windows.
+
+    ``scores`` are ``step.score_windows`` of ``data.domain_windows``.
+    """
+    counts, rows = domain_table(split), []
+    counts["domain"] = counts.domain.where(counts.domain.isin(scores), "others")
+    counts = counts.groupby("domain")[["tokens", "bytes"]].sum()
+    for domain, (losses, hits) in ((domain, values.T) for domain, values in scores.items()):
+        means = np.random.default_rng(0).choice(losses, (1000, len(losses))).mean(1)
+        found = np.array([losses.mean(), *np.quantile(means, (0.025, 0.975))])
+        in_bits = bits_per_byte(found, counts.tokens[domain] / counts.bytes[domain])
+        row = {"domain": domain, "n_windows": len(losses), "accuracy": hits.mean()}
+        for name, values in {"loss": found, "bits_per_byte": in_bits}.items():
+            row |= dict(zip((name, f"{name}_low", f"{name}_high"), values.tolist(), strict=True))
+        rows.append(row)
+    return pd.DataFrame(rows).sort_values("bits_per_byte", ignore_index=True)
 
 
 def domain_comparison(found: dict[str, Path]) -> pd.DataFrame:
@@ -122,7 +137,8 @@ def results_table(found: dict[str, Path]) -> pd.DataFrame:
     for name, path in found.items():
         if result := runs.read_result(path):
             config, val = runs.read_config(path), result["val"]
-            row = {"run": name, "arch": config["model"]["arch"], "parameters": result["n_params"]}
+            row = {"run": name, "arch": config["model"]["arch"]}
+            row |= {"optimizer": config["train"]["optimizer"], "parameters": result["n_params"]}
             row |= {"tokens": result["n_tokens"], "seconds": sum(result["seconds"].values())}
             row |= {score: val[score] for score in ("loss", "perplexity", "accuracy")}
             ratio = config["data"].get("val_tokens_per_byte", math.nan)

@@ -234,7 +234,7 @@ SCALES = {
         DataConfig(corpus="python", tokenizer="bpe", bpe_vocab_size=4096, test_size=0.013),
         llama_config(2, 128, d_head=32, vocab_size=4096, seq_len=256),
         TrainConfig(
-            budget_hours=0.05,
+            budget_hours=1 / 60,
             micro_batch=8,
             grad_accum=1,
             n_evals=10,

@@ -20,6 +20,8 @@ from torch import Tensor
 from llmlib import runs
 from llmlib.devices import ABILITIES
 
+MIN_WINDOWS, MIN_SHARE = 8, 0.02  # of a domain that is scored by itself
+
 
 @dataclass(frozen=True)
 class TokenFiles:
@@ -149,10 +151,12 @@ def documents(tokens_dir: Path, split: str) -> Iterator[np.ndarray]:
 
 
 def domain_windows(tokens_dir: Path, seq_len: int) -> dict[str, np.ndarray]:
-    """Cut each domain of "val" into windows; one too small for a window is left out."""
+    """Cut each domain of "val" into windows; domains of few tokens are pooled as "others"."""
     [val], parts = load_manifest(tokens_dir)["splits"]["val"], defaultdict(list)
+    least = max(MIN_WINDOWS * seq_len, MIN_SHARE * val["n_tokens"])
     for domain, tokens in zip(val["documents"], documents(tokens_dir, "val"), strict=True):
-        parts[domain].append(tokens)
+        is_small = val["domains"][domain]["tokens"] <= least
+        parts["others" if is_small else domain].append(tokens)
     windows = {d: _windows(np.concatenate(found), seq_len) for d, found in sorted(parts.items())}
     return {domain: found for domain, found in windows.items() if len(found)}
 

@@ -1,4 +1,4 @@
-"""Use a finished run: load it, continue a prompt, export it to Hugging Face's transformers.
+"""Use a finished run: load it, continue a prompt, score it, export it to Hugging Face's transformers.
 
 What has been read stays in a cache of keys and values until the context is full.
 """
@@ -6,16 +6,19 @@ What has been read stays in a cache of keys and values until the context is full
 import codecs
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import pandas as pd
 import tiktoken
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from llmlib import devices, runs
+from llmlib import analysis, data, devices, runs
 from llmlib.config import ModelConfig
 from llmlib.model import LanguageModel, build_model
+from llmlib.step import evaluate
 from llmlib.tokenizer import END_OF_TEXT, load_tokenizer
 
 
@@ -49,7 +52,6 @@ def generate(
     *,
     temperature: float = 0.8,
     top_k: int = 50,
-    top_p: float = 1.0,
     seed: int = 0,
 ) -> Iterator[int]:
     """Yield up to ``n_new`` tokens that continue ``tokens``; temperature 0 takes the likeliest.
@@ -57,11 +59,9 @@ def generate(
     Stops at end of text; never picks a padding token. Whenever the context is full, the model
     forgets all but the last half of it and reads that anew.
     """
-    if not (temperature >= 0 and top_k >= 1 and 0 < top_p <= 1):
-        raise ValueError(
-            f"temperature={temperature}, top_k={top_k}, top_p={top_p} leave no token to choose; use "
-            "0 or more, 1 or more, and above 0 up to 1."
-        )
+    if not (temperature >= 0 and top_k >= 1):
+        text = f"temperature={temperature}, top_k={top_k} leave no token to choose"
+        raise ValueError(f"{text}; use 0 or more, and 1 or more.")
     device, seq_len = model.embed_tokens.weight.device, model.config.seq_len
     rng = torch.Generator(device).manual_seed(seed)
     tokens = list(tokens) or [encoding.eot_token]
@@ -70,7 +70,7 @@ def generate(
         if caches[0].n_tokens + len(unread) > seq_len:
             unread, caches = tokens[-max(1, seq_len // 2) :], model.new_caches()
         logits = model.next_logits(torch.tensor([unread], device=device), caches)[0]
-        chances = next_chances(logits[: encoding.n_vocab].float(), temperature, top_k, top_p)
+        chances = next_chances(logits[: encoding.n_vocab].float(), temperature, top_k)
         unread = torch.multinomial(chances, 1, generator=rng).tolist()
         if unread == [encoding.eot_token]:
             return
@@ -78,12 +78,49 @@ def generate(
         yield unread[0]
 
 
-def next_chances(logits: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    """Weigh each token (V,): the ``top_k`` likeliest, and of these the fewest that reach ``top_p``."""
+def next_chances(logits: Tensor, temperature: float, top_k: int) -> Tensor:
+    """Give each token (V,) its probability among the ``top_k`` likeliest."""
     best, places = logits.topk(min(top_k, len(logits)) if temperature else 1)
     chances = torch.softmax(best / (temperature or 1.0), -1)
-    likelier = chances.cumsum(-1) - chances  # what all likelier tokens have together
-    return torch.zeros_like(logits).scatter(0, places, chances * (likelier < top_p))
+    return torch.zeros_like(logits).scatter(0, places, chances)
+
+
+def score(model: Path, tokens_dir: Path) -> pd.DataFrame:
+    """Score a finished run, or a Hugging Face folder, on all held-out documents, as training does.
+
+    One row. A vocabulary that is not the tokens' is refused.
+    """
+    val = data.load_manifest(tokens_dir)["splits"]["val"]
+    encoding = load_tokenizer(tokens_dir / "tokenizer.json")
+    if (model / "tokenizer_config.json").exists():
+        scored, seq_len, vocabulary = load_hf(model)
+        expected = _convert_tokenizer(encoding, seq_len).get_vocab()
+    else:
+        scored, theirs = load_run(model)
+        seq_len, vocabulary = scored.config.seq_len, theirs._mergeable_ranks
+        expected = encoding._mergeable_ranks
+    if vocabulary != expected:
+        raise ValueError(
+            f"{str(model)!r} has another vocabulary than {str(tokens_dir)!r}; score it on tokens that "
+            "01_data_prep made with its own tokenizer."
+        )
+    windows, device = data.eval_windows(tokens_dir, "val", seq_len), devices.pick_device()
+    scores = evaluate(scored, windows, device, devices.compute_dtype(device))
+    scores["bits_per_byte"] = analysis.bits_per_byte(scores["loss"], analysis.tokens_per_byte(val))
+    return pd.DataFrame([scores | {"seq_len": seq_len, "val_sha256": data.sha256(windows)[:8]}])
+
+
+def load_hf(folder: Path) -> tuple[Any, int, dict[str, int]]:
+    """Load what ``evaluate`` needs of a Llama, its context length and its vocabulary."""
+    transformers = _import_transformers()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if theirs.config.model_type != "llama":
+        raise ValueError(f"model_type={theirs.config.model_type!r} in {folder} is not 'llama'.")
+    theirs.to(devices.pick_device()).eval()
+    model = SimpleNamespace(embed_tokens=theirs.get_output_embeddings())
+    model.hidden = lambda tokens: theirs.model(tokens, use_cache=False).last_hidden_state
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return model, theirs.config.max_position_embeddings, tokenizer.get_vocab()
 
 
 def export(run: Path, folder: Path) -> Path:
@@ -106,11 +143,8 @@ def hf_model(config: ModelConfig, **special: Any) -> Any:
     """Build transformers' own Llama of the same shape; ``special`` goes to its config."""
     if config.arch != "llama":
         raise ValueError(f"arch={config.arch!r} cannot be exported; train with arch='llama'.")
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError as error:
-        raise ValueError('this needs transformers: pip install -e ".[export]"') from error
-    shape = LlamaConfig(
+    transformers = _import_transformers()
+    shape = transformers.LlamaConfig(
         vocab_size=config.vocab_size,
         max_position_embeddings=config.seq_len,
         num_hidden_layers=config.n_layer,
@@ -122,7 +156,15 @@ def hf_model(config: ModelConfig, **special: Any) -> Any:
         tie_word_embeddings=True,
         **special,
     )
-    return LlamaForCausalLM(shape)
+    return transformers.LlamaForCausalLM(shape)
+
+
+def _import_transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ValueError('this needs transformers: pip install -e ".[export]"') from error
+    return transformers
 
 
 def _convert_tokenizer(encoding: tiktoken.Encoding, seq_len: int) -> Any:

@@ -25,7 +25,7 @@ from llmlib.analysis import literal
 
 STYLE = Path(__file__).with_suffix(".mplstyle")
 BLUE, ORANGE, SKY, BLACK = "#0072B2", "#D55E00", "#56B4E9", "#000000"
-N_DOMAINS = 15  # shown at most
+N_DOMAINS = 15  # of a corpus that are shown
 DOTTED = {"color": BLACK, "linestyle": ":", "linewidth": 1}
 LABELS = {
     "tokens": "Training tokens",
@@ -90,6 +90,14 @@ def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
 def _spread(table: pd.DataFrame, name: str) -> list[pd.Series]:
     """Return the distances of an interval's ends from its middle, for error bars."""
     return [table[name] - table[f"{name}_low"], table[f"{name}_high"] - table[name]]
+
+
+def _limit_y(axes: Axes, values: Sequence[float | None]) -> None:
+    """Let an axis end a little beyond values, where they differ."""
+    shown = pd.Series(values, dtype=float)
+    margin = 0.1 * (shown.max() - shown.min())
+    if margin > 0:
+        axes.set_ylim(shown.min() - margin, shown.max() + margin)
 
 
 @styled
@@ -245,10 +253,7 @@ def training_curve(figure: Figure, curve: pd.DataFrame, final_loss: float | None
     top.plot(evals.seconds, evals.val_loss, label="validation", **dashed)
     top.set(ylabel="Loss [nats/token]", title="Loss so far")
     after = steps.smoothed.iloc[len(steps) // 20 :]  # the start would dwarf the rest
-    shown = pd.Series([*after, *evals.val_loss.iloc[1:], final_loss], dtype=float)
-    margin = 0.1 * (shown.max() - shown.min())
-    if margin > 0:
-        top.set_ylim(shown.min() - margin, shown.max() + margin)
+    _limit_y(top, [*after, *evals.val_loss.iloc[1:], final_loss])
     if final_loss is not None:
         top.axhline(final_loss, **DOTTED)
         top.set_title(f"Final validation loss {final_loss:.3f} nats/token (dotted)")
@@ -264,37 +269,48 @@ def compare_curves(
 ) -> None:
     """Show runs' validation loss against tokens, seconds and FLOPs; a run lacks what it does not know.
 
-    A curve without validations shows its smoothed training loss, faintly.
+    A curve without validations shows its smoothed training loss, faintly. A hollow marker is the
+    final score on all held-out documents. The first fifth of a run may lie above the axis.
     """
     figure.set_figwidth(3.4 * len(quantities))
     [panels] = figure.subplots(1, len(quantities), sharey=True, squeeze=False)
+    readable = []
     for panel, quantity in zip(panels, quantities, strict=True):
         for name, look in looks(list(curves)).items():
-            has_evals = curves[name].val_loss.notna().any()
-            shown, label = ("val_loss", name) if has_evals else ("smoothed", f"{name} (training)")
-            rows = curves[name].query(f"{quantity} > 0").dropna(subset=shown)
-            if len(rows):
-                style = {"markevery": -(-len(rows) // 8), "alpha": 1.0 if has_evals else 0.5}
-                panel.plot(rows[quantity], rows[shown], label=literal(label), **look, **style)
+            rows, label, alpha = curves[name].dropna(subset="val_loss"), literal(name), 1.0
+            if rows.empty:
+                rows = curves[name].assign(val_loss=curves[name].smoothed).dropna(subset="val_loss")
+                label, alpha = f"{label} (training)", 0.5
+            rows = rows[rows[quantity] > 0]
+            final, line = rows[rows.kind == "final"], rows[rows.kind != "final"]
+            hollow = {"linestyle": "", "markersize": 9, "fillstyle": "none"}
+            style = {"markevery": len(line) // 8 + 1, "alpha": alpha}
+            for part, change in ((final, hollow), (line, style)):
+                if len(part):
+                    panel.plot(part[quantity], part.val_loss, label=label, **look | change)
+            readable += [*rows.val_loss[rows[quantity] >= rows[quantity].max() / 5]]
         panel.set(xscale="log", xlabel=LABELS[quantity])
+    _limit_y(panels[0], readable)
     panels[0].set(ylabel=LABELS["val_loss"], title="Loss by tokens, time and compute")
 
 
 @styled
 def domain_scores(figure: Figure, table: pd.DataFrame, names: Sequence[str] = ()) -> None:
-    """Show each run's bits per byte by domain, for the domains with most tokens.
+    """Show each run's bits per byte by domain, with ``analysis.domain_scores``'s intervals.
 
     ``names`` lists all runs that the reader meets, so that each keeps its look in every figure.
     """
-    wide = table.pivot(index="domain", columns="run", values="bits_per_byte")
-    wide = wide.loc[table.groupby("domain").n_tokens.max().nlargest(N_DOMAINS).index]
-    wide = wide.loc[wide.mean(axis=1).sort_values(ascending=False).index].rename(index=literal)
-    figure.set_figheight(1.3 + 0.24 * len(wide))
-    axes = figure.subplots()
-    for run, look in looks(names or table.run.unique()).items():
-        if run in wide:
-            axes.plot(wide[run], wide.index, label=literal(run), **(look | {"linestyle": ""}))
-    axes.set(xlabel="Loss [bits per byte of text]", title="Loss by domain")
+    domains = table.groupby("domain").bits_per_byte.mean().sort_values(ascending=False).index
+    shown = dict(list(table.groupby("run", sort=False)))
+    figure.set_figheight(1.5 + (0.14 + 0.14 * len(shown)) * len(domains))
+    axes, look = figure.subplots(), looks(names or list(shown))
+    for i, (run, part) in enumerate(shown.items(), 1):
+        places = domains.get_indexer(part.domain) + 0.4 - 0.8 * i / (len(shown) + 1)
+        bars = {"xerr": _spread(part, "bits_per_byte"), "capsize": 3, "label": literal(run)}
+        axes.errorbar(part.bits_per_byte, places, **(look[run] | {"linestyle": ""}), **bars)
+    axes.set_yticks(range(len(domains)), [literal(domain) for domain in domains])
+    axes.set(xlabel="Loss [bits per byte of text], 95 % interval", title="Loss by domain")
+    axes.grid(axis="y", visible=False)
 
 
 @styled

@@ -17,6 +17,7 @@ import socket
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,9 @@ def environment() -> dict[str, Any]:
     bf16 = devices.ABILITIES["cpu"].has_bf16(torch.device("cpu"))
     status, commit = subprocess.getstatusoutput(f"git -C '{ROOT}' describe --always --dirty")
     cores, threads = n_cores(), torch.get_num_threads()
+    installed = {package.name: package for package in metadata.distributions()}
+    ours = installed["llmlib"].requires if "llmlib" in installed else []
+    required = {re.match(r"[\w-]+", line)[0] for line in ours} & installed.keys()
     remark = f"torch uses {threads} threads on {cores} cores; see OMP_NUM_THREADS."
     return {
         "device": devices.device_name(),
@@ -86,6 +90,7 @@ def environment() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "packages": {name: installed[name].version for name in sorted(required)},
         "commit": None if status else commit,
         "remarks": [] if threads == cores else [remark],
     }
@@ -136,7 +141,9 @@ class Record:
             both = [(name, there.get(name), here.get(name)) for name in names]
             if differing := [f"{name}: {a!r} there, {b!r} here" for name, a, b in both if a != b]:
                 why = f"was made with another config ({'; '.join(differing):.600})"
-                raise ValueError(f"run {path.name} in {path.parent} {why}; {REMEDY}")
+                over = "A finished run takes no more hours: its learning rate is at its last value."
+                hint = f" {over}" if read_result(path) else ""
+                raise ValueError(f"run {path.name} in {path.parent} {why}; {REMEDY}{hint}")
         else:
             write_json(path / "environment.json", environment())
             write_json(path / "config.json", here)

@@ -31,11 +31,22 @@ def test_domains_add_up_over_shards():
 
 
 def test_domains_are_scored_in_bits_of_their_own_bytes():
-    scores = {d: {"loss": math.log(16), "n_tokens": 90} for d in ("sparse", "dense")}
-    split = [shard(dense=(1, 400, 100), sparse=(1, 100, 100))]
+    scores = {d: np.full((9, 2), math.log(16)) for d in ("sparse", "dense", "others")}
+    split = [shard(dense=(1, 400, 100), sparse=(1, 100, 100), a=(1, 40, 10), b=(1, 10, 15))]
     table = analysis.domain_scores(scores, split)
-    assert table.domain.tolist() == ["dense", "sparse"]
-    assert table.bits_per_byte.tolist() == pytest.approx([1.0, 4.0])  # four bits a token
+    assert table.domain.tolist() == ["dense", "others", "sparse"]
+    for name in ("bits_per_byte", "bits_per_byte_low", "bits_per_byte_high"):
+        assert table[name].tolist() == pytest.approx([1.0, 2.0, 4.0])  # four bits a token
+
+
+def test_intervals_of_domains_are_those_of_a_mean_over_windows():
+    losses = np.random.default_rng(1).normal(3.0, 0.5, 400)
+    scores = {"a": np.stack([losses, losses], 1)}
+    [row] = analysis.domain_scores(scores, [shard(a=(1, 90, 90))]).to_dict("records")
+    half = 1.96 * losses.std() / 20
+    assert (row["loss"], row["n_windows"]) == (pytest.approx(losses.mean()), 400)
+    assert row["loss_high"] - row["loss"] == pytest.approx(half, rel=0.15)
+    assert row["loss"] - row["loss_low"] == pytest.approx(half, rel=0.15)
 
 
 # ------------------------------------------------------------------ runs and curves
@@ -58,6 +69,16 @@ def test_runs_of_another_folder_keep_their_place_beside_ours(tmp_path):
     for path in [*paths.values(), tmp_path / "mine" / "04_recipe" / "trials" / "deeper"]:
         write_run(path)
     assert analysis.find_runs(tmp_path / "mine", tmp_path / "theirs") == paths
+
+
+def test_a_finished_runs_curve_ends_with_its_final_score(tmp_path):
+    write_run(tmp_path)
+    assert analysis.load_curve(tmp_path).kind.tolist() == ["step"]
+    result = {"n_steps": 2, "n_tokens": 16, "seconds": {"training": 0.2}, "val": {"loss": 2.5}}
+    runs.write_json(tmp_path / "result.json", result)
+    step, final = analysis.load_curve(tmp_path).to_dict("records")
+    assert (final["kind"], final["tokens"], final["seconds"]) == ("final", 16, 0.2)
+    assert (final["val_loss"], final["flops"]) == (2.5, 2 * step["flops"])
 
 
 def test_domains_compare_across_finished_runs_that_have_them(tmp_path):

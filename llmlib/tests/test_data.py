@@ -113,6 +113,8 @@ def test_domain_windows_are_windows_of_the_domains_own_documents(pajama):
         assert np.array_equal(found[:, :-1].ravel(), stream[: n * 16])
         assert np.array_equal(found[:, 1:].ravel(), stream[1 : n * 16 + 1])
     assert data.domain_windows(pajama, 10**6) == {}
+    n_tokens = sum(map(len, data.documents(pajama, "val")))
+    assert [*data.domain_windows(pajama, n_tokens // 8)] == ["others"]  # too few windows each
 
 
 def test_mistakes_are_named_with_the_remedy(pajama, counting, tmp_path):

@@ -1,18 +1,20 @@
 """Generation against the model without a cache, and exports loaded by transformers."""
 
+import math
 import random
 import shutil
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiktoken
 import torch
 from safetensors.torch import save_file
 
-from llmlib import inference, runs
+from llmlib import data, devices, inference, runs
 from llmlib.config import llama_config, resize
-from llmlib.inference import continue_text, export, generate, load_run, next_chances
+from llmlib.inference import continue_text, export, generate, load_run, next_chances, score
 from llmlib.model import build_model
 from llmlib.tests.conftest import SMOKE
 from llmlib.tokenizer import END_OF_TEXT, save_tokenizer, train_bpe
@@ -83,20 +85,18 @@ def test_cache_changes_no_token(config, n_prompt):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("top_k, top_p", [(320, 1.0), (7, 1.0), (320, 0.6), (20, 0.3), (1, 0.01)])
-def test_chances_are_those_of_transformers(temperature, top_k, top_p):
+@pytest.mark.parametrize("top_k", [320, 20, 7, 1])
+def test_chances_are_those_of_transformers(temperature, top_k):
     from transformers.generation import logits_process as theirs
 
     logits = 3 * torch.randn(320, generator=torch.Generator().manual_seed(5))
-    ours = next_chances(logits, temperature, top_k, top_p)
+    ours = next_chances(logits, temperature, top_k)
     warped = theirs.TemperatureLogitsWarper(temperature)(None, logits[None])
-    warped = theirs.TopPLogitsWarper(top_p)(None, theirs.TopKLogitsWarper(top_k)(None, warped))
-    assert torch.allclose(ours / ours.sum(), warped.softmax(-1)[0], atol=1e-6)
+    warped = theirs.TopKLogitsWarper(top_k)(None, warped)
+    assert torch.allclose(ours, warped.softmax(-1)[0], atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("temperature", -1.0), ("top_k", 0), ("top_p", 0.0), ("top_p", 2)]
-)
+@pytest.mark.parametrize(("name", "value"), [("temperature", -1.0), ("top_k", 0)])
 def test_impossible_choice_is_refused(name, value):
     with pytest.raises(ValueError, match=f"{name}={value}.*leave no token to choose; use "):
         next(generate(build_model(LLAMA), NO_END, [1], 5, **{name: value}))
@@ -189,3 +189,39 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
     (run / "result.json").unlink()
     refuse(run, r"no result\.json, so it is not finished; start it again")
     assert not (tmp_path / "new").exists()
+
+
+# ------------------------------------------------------------------------- evaluation
+
+
+def test_run_and_its_export_score_alike_and_as_transformers_says(
+    bpe, make_finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(devices, "compute_dtype", lambda *_: torch.float32)
+    run, tokens_dir = make_finished(LLAMA, bpe), tmp_path / "tokens"
+    stream = np.array(bpe.encode_ordinary("".join(varied_texts(60))), dtype="<u2")
+    stream.tofile(tokens_dir / "val.bin")
+    counts = {"documents": 1, "bytes": 2 * len(stream), "tokens": len(stream)}
+    val = {"file": "val.bin", "n_tokens": len(stream), "domains": {"all": counts}}
+    runs.write_json(tokens_dir / "manifest.json", {"splits": {"val": [val]}, "dtype": "<u2"})
+    [ours] = score(run, tokens_dir).to_dict("records")
+    [theirs] = score(export(run, tmp_path / "x"), tokens_dir).to_dict("records")
+    assert theirs.pop("val_sha256") == ours.pop("val_sha256")
+    assert theirs == pytest.approx(ours, rel=1e-5)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "x")
+    windows = torch.from_numpy(data.eval_windows(tokens_dir, "val", 48))
+    with torch.no_grad():
+        losses = [
+            model(w[None, :-1], shift_labels=w[None, 1:], labels=w[None, 1:]).loss for w in windows
+        ]
+    assert ours["loss"] == pytest.approx(torch.stack(losses).mean().item(), rel=1e-5)
+    assert ours["bits_per_byte"] == pytest.approx(ours["loss"] / 2 / math.log(2))
+    other = train_bpe(varied_texts(300)[20:], 390)
+    runs.write_atomic(tokens_dir / "tokenizer.json", save_tokenizer(other))
+    for model in (run, tmp_path / "x"):
+        with pytest.raises(ValueError, match=rf"{model.name}.*another vocabulary.*01_data_prep"):
+            score(model, tokens_dir)
+    alien = transformers.GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=400)
+    transformers.GPT2LMHeadModel(alien).save_pretrained(tmp_path / "x")
+    with pytest.raises(ValueError, match=r"model_type='gpt2' in .* is not 'llama'"):
+        score(tmp_path / "x", tokens_dir)

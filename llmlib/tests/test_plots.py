@@ -33,7 +33,8 @@ OPTIMA = pd.DataFrame({"seconds": [2.0, 4.0], "n_params": [2e6, nan], "loss": [3
 for quantity in ("n_params", "loss"):
     OPTIMA[f"{quantity}_low"] = OPTIMA[f"{quantity}_high"] = OPTIMA[quantity]
 DOMAIN_LOSSES = pd.DataFrame({"run": ["one", "one", "two", "two"], "domain": ["a", "b"] * 2})
-DOMAIN_LOSSES = DOMAIN_LOSSES.assign(n_tokens=[9, 1] * 2, bits_per_byte=[1.2, 1.0, 1.3, 1.1])
+for end in ("", "_low", "_high"):
+    DOMAIN_LOSSES[f"bits_per_byte{end}"] = [1.2, 1.0, 1.3, 1.1]
 FIGURES = {
     "domain_mix": lambda: plots.domain_mix(DOMAINS),
     "speed_ups": lambda: plots.speed_ups(SPEEDS),
@@ -93,12 +94,23 @@ def test_a_curve_appears_only_where_its_axis_is_known():
     assert [t.get_text() for t in legend.get_texts()] == ["ours", "theirs (training)"]
 
 
+def test_comparison_shows_the_end_of_a_run_and_not_how_it_began():
+    steps = np.arange(1.0, 21)
+    curve = pd.DataFrame({"kind": "eval", "step": steps, "tokens": steps, "val_loss": 60 / steps})
+    curve.loc[20] = ["final", 20.0, 20.0, 2.5]
+    [axes] = plots.compare_curves({"one": curve}, ["tokens"]).axes
+    final, line = axes.lines
+    assert (final.get_ydata().tolist(), len(line.get_ydata())) == ([2.5], 20)
+    low, high = axes.get_ylim()
+    assert low < 2.5 and 15 < high < 20
+
+
 @pytest.mark.parametrize(
     "name", ["a_1$ and $b^2$", "_hidden", r"\$\frac{", "two\nlines", "[x]*%s{}"]
 )
 def test_names_of_folders_and_runs_are_shown_as_they_are(name):
     table = pd.DataFrame({"domain": [name, "b"], "share": [0.5, 0.5], "bytes_per_token": [3, 4]})
-    scores = table.assign(run=name, bits_per_byte=1.0, n_tokens=5)
+    scores = table.assign(run=name, **{f"bits_per_byte{end}": 1.0 for end in ("", "_low", "_high")})
     for figure in (plots.domain_mix(table), plots.domain_scores(scores)):
         figure.canvas.draw()
         labels = figure.axes[0].get_yticklabels()

@@ -3,6 +3,7 @@ import os
 import socket
 import subprocess
 import sys
+from importlib import metadata
 
 import filelock
 import pandas as pd
@@ -22,6 +23,9 @@ def test_record_claims_its_config_and_refuses_another_one_or_format(tmp_path):
     for other, shown in ({"lr": 0.2}, "lr: 0.1 there, 0.2 here"), ({"x": 1}, "x: None there"):
         with pytest.raises(ValueError, match=rf"run a in .*{shown}.*choose another run_name"):
             runs.Record(path, about | other)
+    runs.write_json(path / "result.json", {"val": {}})
+    with pytest.raises(ValueError, match=r"A finished run takes no more hours: its learning rate"):
+        runs.Record(path, about | {"lr": 0.2})
     assert (path / "config.json").read_bytes() == before
     (path / "config.json").write_text('{"lr": 0.1}')
     with pytest.raises(ValueError, match=r"run a in .* has format 1, this version writes 2"):
@@ -47,6 +51,8 @@ def test_environment_has_facts_and_remarks_on_what_makes_a_measurement_wrong(mon
         assert (found["n_cores"], found["n_threads"], found["remarks"]) == (n_cores, 3, remarks)
     assert {"device", "processor", "commit", "file_system", "torch"} <= found.keys()
     assert found["ram_bytes"] > 2**28
+    required = {"torch", "jupyter_client", "ipython", "pytest", "transformers"}
+    assert all(found["packages"][name] == metadata.version(name) for name in required)
 
 
 def test_tables_and_values_are_computed_once_and_failures_leave_nothing_behind(tmp_path):

@@ -18,6 +18,7 @@ from llmlib import devices, runs
 from llmlib.tests.conftest import newest_checkpoint
 
 STEMS = ["01_data_prep", "02_throughput", "03_sizing", "04_recipe", "05_full_run", "06_loss_curves"]
+RECORDS = [*STEMS[:4], *workbook.ARMS, STEMS[5]]
 
 
 @pytest.fixture
@@ -59,20 +60,25 @@ def test_notebook_sources_are_clean_typed_and_short():
 def test_notebooks_run_in_order_and_leave_records(smoke_records):
     folder, first = smoke_records
     done = [line for line in first.stdout.splitlines() if "done after" in line]
-    assert [line.split(":")[0] for line in done] == STEMS
+    assert [line.split(":")[0] for line in done] == RECORDS
     assert "100% ██" in first.stderr  # of 05's training
-    for stem in STEMS:
+    for stem in RECORDS:
         names = {path.name for path in (folder / stem).iterdir()}
         assert {"config.json", "environment.json", "summary.json", "notebook.ipynb"} <= names
         for figure in (folder / stem / "figures").glob("*.png"):
             assert figure.with_suffix(".svg").exists() and figure.with_suffix(".csv").exists()
-    assert 8 <= len(list(folder.glob("*/figures/*.png"))) <= 15
-    assert (folder / "05_full_run" / "model.safetensors").exists()
+    assert 8 <= sum(len(list((folder / s / "figures").glob("*.png"))) for s in STEMS) <= 15
+    trained = [runs.read_run(folder / name) for name in workbook.ARMS]
+    assert [run.train.optimizer for run in trained] == ["muon", "adamw", "adamw"]
+    assert [run.model.arch for run in trained] == ["llama", "llama", "gpt2"]
+    assert len({(run.model.n_layer, run.model.d_model) for run in trained}) == 1
+    results = pd.DataFrame(runs.load_summary(folder / "06_loss_curves")["results"])
+    assert {*results.run} == {*workbook.ARMS} and results.val_sha256.nunique() == 1
 
 
 def test_executed_notebooks_hold_no_path_of_this_machine_and_nothing_alive(smoke_records):
     folder, _ = smoke_records
-    for stem in STEMS:
+    for stem in RECORDS:
         notebook = nbformat.read(folder / stem / "notebook.ipynb", as_version=4)
         notebook.metadata.papermill.parameters.pop("runs_dir")
         assert "widgets" not in notebook.metadata
@@ -113,7 +119,7 @@ done"""
     status, _, errors = llmlib("run", "--scale", "smoke", "--runs-dir", folder, "--only", "06")
     assert status == 0, errors
     figures = folder / "06_loss_curves" / "figures"
-    expected = {"05_full_run", "lr_2e-3"}
+    expected = {*workbook.ARMS, "lr_2e-3"}
     assert set(pd.read_csv(figures / "runs_compared.csv").run) == expected | {"external/theirs.csv"}
     assert set(pd.read_csv(figures / "domains_compared.csv").run) == expected
 
@@ -130,8 +136,8 @@ def test_another_config_is_refused_and_overwrites_nothing(smoke_records, llmlib)
     assert {p: p.read_bytes() for p in files} == before
 
 
-def test_sample_export_and_plan_say_what_they_did(smoke_records, llmlib, tmp_path):
-    run = smoke_records[0] / "05_full_run"
+def test_sample_export_evaluate_and_plan_say_what_they_did(smoke_records, llmlib, tmp_path):
+    run, tokens = smoke_records[0] / "05_full_run", smoke_records[0] / "01_data_prep" / "tokens"
     first, second = (llmlib("sample", run, "import ", "-n", 20) for _ in range(2))
     status, output, errors = first
     assert status == 0, errors
@@ -140,6 +146,10 @@ def test_sample_export_and_plan_say_what_they_did(smoke_records, llmlib, tmp_pat
     status, _, errors = llmlib("export", run, tmp_path / "model")
     assert status == 0, errors
     assert (tmp_path / "model" / "model.safetensors").exists()
+    status, output, errors = llmlib("evaluate", run, "--tokens", tokens)
+    names, values = (line.split() for line in output.splitlines())
+    loss = runs.read_result(run)["val"]["loss"]
+    assert float(dict(zip(names, values, strict=True))["loss"]) == pytest.approx(loss, rel=1e-5)
     status, output, errors = llmlib("plan", "--hours", 1, "--gpu", "H200")
     assert status == 0 and "assumed: H200" in output, errors
 
@@ -152,6 +162,7 @@ def test_sample_export_and_plan_say_what_they_did(smoke_records, llmlib, tmp_pat
         ("run -p learning_rate 1", ["learning_rate", "lr"]),
         ("run --only 05 -p lr fast", ["lr", "fast", "float"]),
         ("sample no/such/run x", ["no/such/run", "finished"]),
+        ("evaluate x --tokens no/tokens", ["no/tokens", "01_data_prep"]),
         ("plan --gpu V100", ["V100", "A100"]),
     ],
 )
@@ -219,6 +230,30 @@ def test_a_full_disk_and_missing_notebooks_are_told_with_the_remedy(tmp_path, mo
     monkeypatch.setattr(workbook, "NOTEBOOKS", tmp_path / "none")
     status, _, errors = llmlib("run")
     assert status == 2 and "install from a clone: pip install -e ." in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("--scale laptop", [*workbook.ARMS]),
+        ("--scale laptop -p d_model 192", [*workbook.ARMS]),
+        ("--scale laptop -p run_name wide -p d_model 192", ["wide"]),
+        ("--scale laptop -p recipe winner2024", ["05_full_run"]),
+        ("--scale a100", ["05_full_run"]),
+        ("--scale a100 --arms", [*workbook.ARMS]),
+    ],
+)
+def test_full_run_has_arms_where_they_are_cheap_or_asked_for(
+    arguments, expected, llmlib, monkeypatch
+):
+    done = {}
+    note = lambda stem, record, values: done.update({record.name: values})  # noqa: E731
+    monkeypatch.setattr(workbook, "execute", note)
+    status, _, errors = llmlib("run", "--only", "05", *arguments.split())
+    assert status == 0, errors
+    assert list(done) == expected
+    assert all(values.get("run_name", "05_full_run") == name for name, values in done.items())
+    assert all(values.get("d_model", 192) == 192 for values in done.values())
 
 
 def test_selection_understands_names_and_lists():
