@@ -1,13 +1,11 @@
 """The figures: one style, one function per figure, data in, figure out. No torch.
 
 Every experiment keeps its colour, marker and line style, in the order of the style's cycle. A title
-names what is shown; it states a finding only where the caller, who knows the noise, passes one. Two
-figures come with controls for somebody who sits in JupyterLab.
+names what is shown; it states a finding only where the caller, who knows the noise, passes one.
 """
 
 from collections.abc import Callable, Sequence
 from functools import wraps
-from importlib.util import find_spec
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,6 @@ from typing import Any
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from IPython import get_ipython
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -204,22 +201,20 @@ def arms(figure: Figure, table: pd.DataFrame, noise: float) -> None:
 def gains(figure: Figure, panels: dict[str, pd.DataFrame]) -> None:
     """Show differences in loss with 95 % intervals; ``panels`` has arm, shape, difference, low, high."""
     heights = [table.arm.nunique() for table in panels.values()]
+    look = looks(sorted({shape for table in panels.values() for shape in table["shape"]}))
     figure.set_figheight(1.6 + 0.24 * sum(heights))
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (title, table) in zip(rows, panels.items(), strict=True):
         order = list(table.arm.unique())[::-1]
-        shapes = list(table["shape"].unique())
-        for shift, (shape, look) in zip((0.15, -0.15), looks(shapes).items(), strict=False):
-            part = table[table["shape"] == shape]
-            places = [order.index(arm) + shift for arm in part.arm]
+        for i, (shape, part) in enumerate(table.groupby("shape")):
+            places = [order.index(arm) + 0.15 - 0.3 * i for arm in part.arm]
             spread = [part.difference - part.low, part.high - part.difference]
             bars = {"xerr": spread, "capsize": 2, "label": shape}
-            axes.errorbar(part.difference, places, **(look | {"linestyle": ""}), **bars)
+            axes.errorbar(part.difference, places, **(look[shape] | {"linestyle": ""}), **bars)
         axes.axvline(0, color=BLACK, linewidth=1)
         axes.set_yticks(range(len(order)), [literal(name) for name in order])
-        axes.set(title=title)
+        axes.set(title=title, xlabel="Difference in validation loss [nats/token], 95 % interval")
         axes.grid(axis="y", visible=False)
-    rows[-1].set(xlabel="Difference in validation loss [nats/token], 95 % interval")
 
 
 @styled
@@ -324,42 +319,3 @@ def published_loss(figure: Figure, hours: float, flops_per_s: float, ratio: floa
     axes.axvline(sizing.params_at_ratio(flops, ratio), label=f"{ratio:.3g} to 1", **DOTTED)
     axes.set(xscale="log", xlabel=LABELS["n_params"], ylabel="Predicted loss [nats/token]")
     axes.set(title=f"Published fits, {hours:.3g} h at {flops_per_s:.2g} FLOP/s")
-
-
-def is_attended() -> bool:
-    """Say whether a person sits at the front end that runs this cell.
-
-    A front end in which a person can answer a kernel says so with every cell it sends
-    (``allow_stdin`` in Jupyter's messaging protocol); papermill says that nobody can.
-    """
-    parent = getattr(get_ipython(), "get_parent", dict)()
-    return parent.get("content", {}).get("allow_stdin", False)
-
-
-def _panel(draw: Callable[..., Figure], **controls: Any) -> Any:
-    """Show what ``draw`` makes of controls, beginning at its defaults, or that first figure alone."""
-    if not (is_attended() and find_spec("ipywidgets")):
-        return draw()
-    from ipywidgets import interactive
-
-    return interactive(draw, {"auto_display": True}, **controls)
-
-
-def curve_panel(curves: dict[str, pd.DataFrame], smoothing: float) -> Any:
-    """Explore curves by smoothing [share of a run's steps] and x axis."""
-
-    def draw(smoothing: float = smoothing, axis: str = "all") -> Figure:
-        shown = {name: analysis.smooth(curve, smoothing) for name, curve in curves.items()}
-        return compare_curves(shown, analysis.AXES if axis == "all" else [axis])
-
-    return _panel(draw, smoothing=(0.001, 0.3, 0.001), axis=["all", *analysis.AXES])
-
-
-def sizing_panel(hours: float, flops_per_s: dict[str, float]) -> Any:
-    """Explore ``published_loss`` by budget, device (name: achieved FLOP/s) and ratio."""
-    devices, limits = list(flops_per_s), (0.01, max(24.0, hours), 0.01)
-
-    def draw(hours: float = hours, device: str = devices[0], ratio: float = 20.0) -> Figure:
-        return published_loss(hours, flops_per_s[device], ratio)
-
-    return _panel(draw, hours=limits, device=devices, ratio=(1.0, 100.0))

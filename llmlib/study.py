@@ -170,7 +170,7 @@ def differences(table: pd.DataFrame, base: str) -> pd.DataFrame:
 
 
 def grids(table: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
-    """Take from a search's rows the last grid of each optimizer over each of the named settings.
+    """Take from a search's rows the best grid of each optimizer over each of the named settings.
 
     A grid is three rows or more that differ in nothing else. Adds ``setting``, ``factor`` (to the
     best of the grid), ``gap`` (loss above its best) and ``is_edge`` (that best is at an end).
@@ -180,6 +180,7 @@ def grids(table: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
         others = [field for field in fields if field not in (name, "budget_tokens")]
         kinds = table.groupby(others, dropna=False, sort=False)
         long = [part for _, part in kinds if part[name].nunique() > 2]
+        long.sort(key=lambda part: -part.loss.min())
         for part in {part.optimizer.iloc[0]: part for part in long}.values():
             part, best = part.sort_values(name), part.loc[part.loss.idxmin()]
             is_edge = best[name] in (part[name].iloc[0], part[name].iloc[-1])

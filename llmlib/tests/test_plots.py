@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llmlib import analysis, plots
+from llmlib import analysis, panels, plots
 
 nan = np.nan
 DOMAINS = pd.DataFrame({"domain": ["a", "b"], "tokens": [9, 1], "share": [0.9, 0.1]})
@@ -19,14 +19,6 @@ CURVE = pd.DataFrame(
 SPEEDS = pd.DataFrame({"name": ["ours", "plain"], "claim": [nan, 1.15], "n_params": [1e6, 1.1e6]})
 for quantity, values in {"tokens_per_s": [10.0, 5.0], "speed_up": [1.0, 2.0]}.items():
     SPEEDS[quantity] = SPEEDS[f"{quantity}_low"] = SPEEDS[f"{quantity}_high"] = values
-TRIALS = pd.DataFrame(
-    {
-        "optimizer": ["adamw", "adamw", "adamw", "muon"],
-        "recipe": ["winner2024", "best", "best", "best"],
-        "lr": [1e-3, 2e-3, 4e-3, 1e-2],
-        "loss": [3.0, 2.9, 3.1, nan],
-    }
-)
 POINTS = pd.DataFrame({"n_params": [1e6, 1e6, 4e6, 4e6], "n_tokens": [1e6, 2e6, 1e6, 2e6]})
 POINTS = POINTS.assign(seconds=[2.0, 4.0] * 2, loss=[3.1, 3.0, 3.2, 3.0], predicted=3.1)
 OPTIMA = pd.DataFrame({"seconds": [2.0, 4.0], "n_params": [2e6, nan], "loss": [3.0, nan]})
@@ -35,14 +27,21 @@ for quantity in ("n_params", "loss"):
 DOMAIN_LOSSES = pd.DataFrame({"run": ["one", "one", "two", "two"], "domain": ["a", "b"] * 2})
 for end in ("", "_low", "_high"):
     DOMAIN_LOSSES[f"bits_per_byte{end}"] = [1.2, 1.0, 1.3, 1.1]
+GRIDS = pd.DataFrame({"optimizer": "adamw", "setting": "lr", "factor": [0.5, 1.0, 2.0]})
+GRIDS = GRIDS.assign(gap=[0.1, 0.0, 0.2], is_edge=False)
+ARMS = pd.DataFrame({"arm": ["a", "a", "b", "b"], "seconds": 2.0, "loss": [3.0, 3.1, 2.9, 3.2]})
+GAINS = pd.DataFrame({"arm": ["x", "x"], "shape": ["1x64", "2x128"], "difference": [-0.1, 0.1]})
+GAINS = GAINS.assign(low=GAINS.difference - 0.1, high=GAINS.difference + 0.1)
 FIGURES = {
     "domain_mix": lambda: plots.domain_mix(DOMAINS),
     "speed_ups": lambda: plots.speed_ups(SPEEDS),
     "iso_time": lambda: plots.iso_time(POINTS, OPTIMA, {"20:1": 2e6}),
     "loss_by_time": lambda: plots.loss_by_time(OPTIMA, OPTIMA, OPTIMA),
     "predicted_loss": lambda: plots.predicted_loss(POINTS),
-    "lr_sensitivity": lambda: plots.lr_sensitivity(TRIALS),
-    "recipes": lambda: plots.recipes(TRIALS),
+    "rate_grids": lambda: plots.rate_grids(GRIDS, 0.02),
+    "arms": lambda: plots.arms(ARMS, 0.02),
+    "gains": lambda: plots.gains({"one": GAINS, "two": GAINS[:1]}),
+    "loss_by_budget": lambda: plots.loss_by_budget(ARMS, 3.0),
     "training_curve": lambda: plots.training_curve(CURVE, 2.4),
     "compare_curves": lambda: plots.compare_curves({"one": CURVE, "two": CURVE}),
     "domain_scores": lambda: plots.domain_scores(DOMAIN_LOSSES),
@@ -64,11 +63,16 @@ def test_every_axis_names_its_quantity_and_the_style_stays_ours(name):
     assert any(axes.get_title(loc="left") for axes in figure.axes)
 
 
-def test_a_failed_run_has_no_point_and_an_optimum_at_the_edge_a_ring():
-    axes = plots.lr_sensitivity(TRIALS.assign(loss=[3.0, 3.1, 3.2, nan])).axes[0]
-    assert [len(line.get_xdata()) for line in axes.lines] == [3, 1]
-    assert [line.get_fillstyle() for line in axes.lines] == ["full", "none"]
-    assert len(plots.lr_sensitivity(TRIALS).axes[0].lines) == 1
+def test_a_best_rate_at_the_edge_of_its_grid_has_a_ring():
+    for is_edge, styles in ((True, ["full", "none"]), (False, ["full"])):
+        lines = plots.rate_grids(GRIDS.assign(is_edge=is_edge), 0.02).axes[0].lines
+        assert [line.get_fillstyle() for line in lines] == styles
+
+
+def test_a_shape_keeps_its_colour_in_every_panel():
+    figure = plots.gains({"both": GAINS, "second": GAINS[1:]})
+    colours = [[bar[0].get_color() for bar in axes.containers] for axes in figure.axes]
+    assert colours[1] == colours[0][1:] and len(set(colours[0])) == 2
 
 
 def test_a_refused_optimum_has_no_point():
@@ -132,13 +136,13 @@ def test_numbers_read_short(value, text):
 
 
 def test_panels_are_plain_figures_until_somebody_can_touch_them(monkeypatch):
-    def panels():
-        return plots.curve_panel({"one": CURVE}, 0.1), plots.sizing_panel(3.0, {"here": 1e12})
+    def both():
+        return panels.curve_panel({"one": CURVE}, 0.1), panels.sizing_panel(3.0, {"here": 1e12})
 
-    assert all(isinstance(panel, plt.Figure) for panel in panels())
-    monkeypatch.setattr(plots, "is_attended", lambda: True)
+    assert all(isinstance(panel, plt.Figure) for panel in both())
+    monkeypatch.setattr(panels, "is_attended", lambda: True)
     pytest.importorskip("ipywidgets")
-    curves, sizes = panels()
+    curves, sizes = both()
     assert (len(curves.children), len(sizes.children)) == (3, 4)  # controls and the figure
     sizes.update()
     assert isinstance(sizes.result, plt.Figure) and sizes.auto_display
