@@ -111,6 +111,22 @@ def extrapolate(
     return {k: float(v) for k, v in (found | with_interval("loss", loss)).items()}
 
 
+def hold_out(table: pd.DataFrame, draws: np.ndarray) -> pd.DataFrame:
+    """Predict the last optimum from each shorter row of times; a row each, with what was measured.
+
+    ``covered``: the measured value is in the 90 % interval; ``loss_error`` [nats/token].
+    """
+    last, rows = table.iloc[-1], []
+    for n in range(2, len(table)):
+        told = extrapolate(table[:n], draws[:n], last.seconds)
+        row = {"from_times_to": table.seconds[n - 1], "seconds": last.seconds} | told
+        for name in ("n_params", "loss"):
+            is_inside = told[f"{name}_low"] <= last[name] <= told[f"{name}_high"]
+            row |= {f"{name}_measured": last[name], f"{name}_covered": is_inside}
+        rows.append(row | {"loss_error": told["loss"] - last.loss})
+    return pd.DataFrame(rows)
+
+
 def tokens_in(seconds: float, speeds: pd.DataFrame, n_params: ArrayLike) -> np.ndarray:
     """Return the tokens that sizes get in a time; log speed is linear in log size, also beyond."""
     speeds = speeds.sort_values("n_params")

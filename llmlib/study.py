@@ -256,3 +256,24 @@ def iso_time_points(trials: pd.DataFrame) -> pd.DataFrame:
     parts = trials.run.str.extract("(?P<size>.+)-(?P<seconds>.+)s-x(?P<factor>.+)-seed")
     points = trials.join(parts.astype({"seconds": float, "factor": float}))
     return points[points.status == "finished"].copy()
+
+
+def interpolate_factors(tried: pd.DataFrame, n_params: pd.Series) -> dict[str, float]:
+    """Choose each size's factor of the peak rates between the best factors of both end sizes.
+
+    ``tried`` is from ``iso_time_points``; ``n_params`` by the name of the size.
+    """
+    top = tried.loc[tried.groupby("n_params").loss.idxmin(), ["n_params", "factor"]]
+    factors = np.exp(np.interp(np.log(n_params), *np.log(top).to_numpy().T))
+    return dict(zip(n_params.index, factors, strict=True))
+
+
+def load_tables(parts: list[Path], names: dict[str, str]) -> dict[str, pd.DataFrame]:
+    """Read the tables of a study's parts by name, with ``arm``, renamed by ``names``; later ones win."""
+    tables: dict[str, list[pd.DataFrame]] = {}
+    for path in sorted(path for part in parts for path in part.glob("*_*.csv")):
+        rows = pd.read_csv(path)
+        arm = rows.run.str.rsplit("-seed", n=1).str[0].replace(names)
+        rows = rows.assign(arm=arm, run=arm + "-seed" + rows.seed.astype(str))
+        tables.setdefault(path.stem, []).append(rows)
+    return {name: pd.concat(found).drop_duplicates("id") for name, found in tables.items()}
