@@ -153,20 +153,22 @@ def scaled(train: TrainConfig, names: tuple[str, ...], factor: float) -> TrainCo
     return override(train, **{name: type(v)(v * factor) for name, v in values.items()})
 
 
-def differences(table: pd.DataFrame, base: str) -> pd.DataFrame:
+def differences(table: pd.DataFrame, base: str, *, is_pooled: bool = True) -> pd.DataFrame:
     """Compare arms with one of them, seed by seed: mean difference in loss with its 95 % interval.
 
     ``table`` has ``run`` as ``repeated`` names them. The noise of a difference is pooled over the
-    arms (a two-way layout), which few seeds need; of two arms this is the paired t interval.
+    arms (a two-way layout), which two or three seeds of arms alike need, or each arm's own: then it
+    is the paired t interval, as it is for two arms.
     """
     arm = table.run.str.rsplit("-seed", n=1).str[0]
     losses = table.assign(arm=arm).pivot(index="seed", columns="arm", values="loss")
     ours = losses[arm.unique()].sub(losses[base], axis=0).drop(columns=base)
-    freedom = ours.shape[1] * (len(ours) - 1)
-    noise = (((ours - ours.mean()) ** 2).sum().sum() / freedom) ** 0.5 if freedom else np.nan
+    freedom, noise = len(ours) - 1, ours.std()
+    if is_pooled:
+        freedom, noise = freedom * ours.shape[1], (ours.var().mean() ** 0.5)
     half = stats.t.ppf(0.975, freedom) * noise / len(ours) ** 0.5
-    found = ours.mean().rename("difference").rename_axis("arm").reset_index()
-    return found.assign(low=found.difference - half, high=found.difference + half, n=len(ours))
+    found = pd.DataFrame({"difference": ours.mean(), "low": ours.mean() - half})
+    return found.assign(high=ours.mean() + half, n=len(ours)).rename_axis("arm").reset_index()
 
 
 def grids(table: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
@@ -189,10 +191,12 @@ def grids(table: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
-def by_shape(tables: dict[str, pd.DataFrame], name: str, base: str) -> pd.DataFrame:
+def by_shape(
+    tables: dict[str, pd.DataFrame], name: str, base: str, *, is_pooled: bool = True
+) -> pd.DataFrame:
     """Tabulate ``differences`` to the base over all tables called ``<name>_<shape>``."""
     return pd.concat(
-        differences(table, base).assign(shape=key.removeprefix(f"{name}_"))
+        differences(table, base, is_pooled=is_pooled).assign(shape=key.removeprefix(f"{name}_"))
         for key, table in tables.items()
         if key.startswith(f"{name}_")
     )

@@ -129,7 +129,10 @@ def table_of(losses):
 
 def test_difference_of_two_arms_is_the_paired_t_interval():
     ours, theirs = [3.1, 3.3, 3.2, 3.35], [3.4, 3.5, 3.6, 3.55]
-    [row] = study.differences(table_of({"b": theirs, "a": ours}), "b").itertuples()
+    both, other = {"b": theirs, "a": ours}, {"noisy": [1.0, 9.0, 4.0, 2.0]}
+    [row] = study.differences(table_of(both), "b").itertuples()
+    apart = study.differences(table_of(both | other), "b", is_pooled=False).set_index("arm")
+    assert apart.low["a"] == pytest.approx(row.low) and apart.high["noisy"] > 2
     expected = stats.ttest_rel(ours, theirs)
     low, high = expected.confidence_interval(0.95)
     assert (row.arm, row.low, row.high) == ("a", pytest.approx(low), pytest.approx(high))
