@@ -221,11 +221,10 @@ def gains(figure: Figure, panels: dict[str, pd.DataFrame]) -> None:
 def loss_by_budget(figure: Figure, table: pd.DataFrame, goal: float) -> None:
     """Show arms' losses by training time, a point per seed; dotted: the loss to reach."""
     axes = figure.subplots()
-    for (name, part), look in zip(
-        table.groupby("arm", sort=False), looks(table.arm.unique()).values(), strict=True
-    ):
-        axes.plot(part.groupby("seconds").loss.mean(), label=name, **(look | {"marker": ""}))
-        axes.plot(part.seconds, part.loss, **(look | {"linestyle": "", "markersize": 4}))
+    look, points = looks(table.arm.unique()), {"linestyle": "", "markersize": 4}
+    for name, part in table.groupby("arm", sort=False):
+        axes.plot(part.groupby("seconds").loss.mean(), label=name, **(look[name] | {"marker": ""}))
+        axes.plot(part.seconds, part.loss, **(look[name] | points))
     axes.axhline(goal, **DOTTED)
     axes.set(xscale="log", xlabel="Training time [s]", ylabel=LABELS["val_loss"])
     axes.set(title="Loss by training time")
