@@ -171,5 +171,7 @@ def read_documents(shard: Shard, tally: Tally | None = None) -> Iterator[Documen
             path = DownloadManager(record_checksums=False).download(path)
         for name, domain in shard.files or [("", "all")]:
             known_as = PurePath(name or Path(shard.url).name)
+            if known_as.is_absolute():  # one of this machine's own sources
+                known_as = PurePath(domain, known_as.name)
             file = File(Path(path, name), known_as, domain, tally, shard.column, not shard.files)
             yield from read_file(file)
