@@ -51,3 +51,21 @@ def test_a_card_without_a_datasheet_here_is_refused_by_name(gpu):
 def test_every_card_with_a_peak_has_a_memory():
     for name in sizing.PEAK_BF16_FLOPS_PER_S:
         assert sizing.datasheet_peak(name, sizing.MEMORY_GB) >= 24
+
+
+def test_readmes_results_are_those_of_the_records():
+    readme, laptop = (runs.ROOT / "README.md").read_text(), runs.ROOT / "runs" / "laptop"
+    found = runs.read_json(laptop / "04_recipe" / "summary.json")["found"]
+    gaps = [found[f"{arm} - AdamW, 2x128"] for arm in ("Muon", "winner2024")]
+    small = found["Muon - AdamW, 1x64"]
+    numbers = [f"{-gaps[0][key]:.3f}" for key in ("difference", "low", "high")]
+    numbers += [f"{-small[key]:.3f}" for key in ("difference", "low", "high")]
+    numbers += [f"{gaps[1]['difference']:.2f} above tuned AdamW"]
+    results = runs.read_json(laptop / "06_loss_curves" / "summary.json")["results"]
+    numbers += [f"{row['loss']:.3f}" for row in results] + [f"{results[0]['bits_per_byte']:.3f}"]
+    sizing_found = runs.read_json(laptop / "03_sizing" / "summary.json")
+    best, predicted = sizing_found["optima"][-1], sizing_found["predicted_loss"]
+    numbers += [f"{best[f'n_params{end}'] / 1e3:.0f} k" for end in ("", "_low", "_high")]
+    numbers += [f"{predicted[end]:.3f}" for end in ("low", "high")]
+    numbers += [f"{runs.read_json(laptop / '05_full_run' / 'summary.json')['val_of_03']:.3f}"]
+    assert [number for number in numbers if number not in readme] == []
