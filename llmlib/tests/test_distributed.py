@@ -12,7 +12,7 @@ from llmlib.trainer import Stopped, Trainer
 
 JOB = ("--nproc-per-node", "2")
 SHORT = override(FP32, micro_batch=4, grad_accum=4, n_evals=1)
-LONG = override(SHORT, budget_steps=60, checkpoint_minutes=0.005)
+LONG = override(SHORT, budget_steps=60, checkpoint_minutes=1e-6)  # saves after every step
 
 
 def losses(run):
