@@ -142,9 +142,10 @@ def measure(
     """Time the variants in turns, in several processes one after another; a row for each.
 
     A round takes each variant once. A process gives the median of its rounds; a row has the median
-    of the processes, the lowest and the highest: what measuring once more would show. ``speed_up``
-    is how many times as fast the first variant is, round by round. One that does not run is a row
-    with a note. One that by estimate has no memory beside the others has processes of its own.
+    of the processes (of one process, of its rounds), the lowest and the highest: what measuring
+    once more would show. ``speed_up`` is how many times as fast the first variant is, round by
+    round. One that does not run is a row with a note. One that by estimate has no memory beside the
+    others has processes of its own.
     """
     memory, together, apart = runs.environment()["memory_bytes"], variants[:1], []
     for variant in variants[1:]:
@@ -164,7 +165,7 @@ def measure(
     table = table[columns].set_index("name")
     ratio = 1 / speed.div(speed[variants[0].name], axis=0)
     for name, values in {"tokens_per_s": speed, "speed_up": ratio}.items():
-        medians = values.groupby("process").median()
+        medians = values.groupby("process" if n_processes > 1 else "round").median()
         table[[name, f"{name}_low", f"{name}_high"]] = medians.agg(["median", "min", "max"]).T
     table["note"] = turns.groupby("name").note.max()
     table.loc[[v.name for v in apart], "note"] += " timed alone: no memory beside the others"
