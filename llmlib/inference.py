@@ -21,6 +21,13 @@ from llmlib.model import LanguageModel, build_model
 from llmlib.step import evaluate
 from llmlib.tokenizer import END_OF_TEXT, load_tokenizer
 
+CARD = """---
+library_name: transformers
+---
+A Llama of {n_params:,} parameters, trained on {n_tokens:,} tokens by LLM Workbook's run {run}: {loss:.3f}
+nats/token on held-out documents. llama.cpp knows the tokenizer gpt2; this one is {tokenizer}.
+"""
+
 
 def load_run(run: Path) -> tuple[LanguageModel, tiktoken.Encoding]:
     """Load the model and the tokenizer of a finished training run."""
@@ -136,6 +143,9 @@ def export(run: Path, folder: Path) -> Path:
     tokenizer = _convert_tokenizer(encoding, model.config.seq_len)
     theirs.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    result = runs.read_result(run)
+    about = result | {"loss": result["val"]["loss"], "run": run.name, "tokenizer": encoding.name}
+    runs.write_atomic(folder / "README.md", CARD.format(**about))
     return folder
 
 

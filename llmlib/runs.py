@@ -53,11 +53,13 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def n_cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+def n_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Count the cores that this process may use, by its affinity and its container's quota."""
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    spent, period = quota.read_text().split() if quota.exists() else ("max", "")
-    return n if spent == "max" else min(n, math.ceil(int(spent) / int(period)))
+    of_v1 = sorted(cgroup.glob("cpu/cpu.cfs_[pq]*_us"), reverse=True)  # quota, period
+    files = [cgroup / "cpu.max"] if (cgroup / "cpu.max").exists() else of_v1
+    spent, period = " ".join(map(Path.read_text, files)).split() or ("max", "")
+    return n if spent in ("max", "-1") else min(n, math.ceil(int(spent) / int(period)))
 
 
 def environment() -> dict[str, Any]:

@@ -57,7 +57,8 @@ def make_finished(tmp_path):
         runs.write_atomic(tokens_dir / "tokenizer.json", save_tokenizer(encoding))
         runs.create_run(run, config, SMOKE.train, tokens_dir)
         save_file(model.state_dict(), run / "model.safetensors")
-        runs.write_json(run / "result.json", {})
+        result = {"n_params": 1, "n_tokens": 2, "val": {"loss": 3.0}}
+        runs.write_json(run / "result.json", result)
         return run
 
     return make
@@ -142,6 +143,7 @@ def test_exported_tokenizer_gives_the_same_ids(name, request, make_finished, tmp
     assert theirs(texts).input_ids == expected
     assert [theirs.decode(tokens) for tokens in expected] == texts
     assert len(theirs) == encoding.n_vocab and theirs.model_max_length == 32
+    assert f"knows the tokenizer gpt2; this one is {name}." in (folder / "README.md").read_text()
     end = encoding.eot_token
     assert theirs.bos_token_id == theirs.eos_token_id == theirs.pad_token_id == end
     assert end not in theirs(f"a{END_OF_TEXT}b").input_ids  # in a text, its name is text

@@ -37,7 +37,12 @@ def test_cores_are_those_of_the_containers_quota(tmp_path, monkeypatch):
     assert runs.n_cores(tmp_path / "none") == 64
     for text, n in ("max 100000\n", 64), ("200000 100000\n", 2), ("50000 100000\n", 1):
         (tmp_path / "cpu.max").write_text(text)
-        assert runs.n_cores(tmp_path / "cpu.max") == n
+        assert runs.n_cores(tmp_path) == n
+        old = tmp_path / "version 1"
+        (old / "cpu").mkdir(parents=True, exist_ok=True)
+        for name, value in zip(("quota", "period"), text.replace("max", "-1").split(), strict=True):
+            (old / "cpu" / f"cpu.cfs_{name}_us").write_text(f"{value}\n")
+        assert runs.n_cores(old) == n
 
 
 def test_environment_has_facts_and_remarks_on_what_makes_a_measurement_wrong(monkeypatch):
