@@ -136,7 +136,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("-n", type=int, default=200, dest="n_new", help="tokens to add at most")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest")
 
-    add = commands.add_parser("evaluate", help="score a model on held-out documents").add_argument
+    add = commands.add_parser(
+        "evaluate", help="score a model on held-out documents, as CSV"
+    ).add_argument
     add("model", type=Path, help="a finished run, or a Hugging Face folder of a Llama or GPT-2")
     add("--tokens", type=Path, required=True, dest="tokens_dir", help="01_data_prep/tokens")
 
@@ -158,7 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands = {
         "run": run_all,
         "sample": sample,
-        "evaluate": lambda **how: print(inference.score(**how).to_string(index=False)),
+        "evaluate": lambda **how: print(inference.score(**how).to_csv(index=False), end=""),
         "export": lambda **how: print(f"The model is in {inference.export(**how)}"),
         "plan": lambda **how: print(plan.make_plan(**how).to_string(index=False)),
     }

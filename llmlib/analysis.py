@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
-from scipy import stats
 
 from llmlib import runs
 from llmlib.config import ModelConfig
@@ -45,6 +43,16 @@ def load_curve(run: Path) -> pd.DataFrame:
     return curve[curve.kind.isin(["step", "eval", "final"])]
 
 
+def load_trials(*folders: Path) -> pd.DataFrame:
+    """Read the runs of studies, rows of 03's and 04's tables, as points that know no seconds."""
+    names = {"n_steps": "step", "n_tokens": "tokens", "flops": "flops", "loss": "val_loss"}
+    paths = find("*/*.csv", folders).values()
+    tables = [pd.read_csv(path) for path in paths if (path.parent / "config.json").exists()]
+    rows = [t.drop_duplicates("id") for t in tables if {"id", *names} <= set(t)]
+    rows = pd.concat([pd.DataFrame(columns=list(names)), *rows]).rename(columns=names)
+    return rows.assign(kind="trial", loss=math.nan).reindex(columns=CURVE_COLUMNS)
+
+
 def literal(name: str) -> str:
     """Write a name as it is: no mathematics, no second line, not hidden from a legend."""
     shown = "".join(c if c.isprintable() else "\ufffd" for c in name)
@@ -56,17 +64,6 @@ def smooth(curve: pd.DataFrame, share: float) -> pd.DataFrame:
     loss = curve.loss[curve.kind == "step"]
     window = max(1, round(share * len(loss)))
     return curve.assign(smoothed=loss.rolling(window, center=True, min_periods=1).mean())
-
-
-def paired_difference(ours: ArrayLike, theirs: ArrayLike) -> dict[str, float]:
-    """Compare n runs seed by seed: mean of ours - theirs with its 95 % interval (Student's t).
-
-    A pair with a failed run (NaN) is left out. One pair has no interval, none no mean (NaN).
-    """
-    pairs = pd.Series(np.subtract(ours, theirs), dtype=float).dropna()
-    half = stats.t.ppf(0.975, len(pairs) - 1) * pairs.sem()
-    mean = float(pairs.mean())
-    return {"difference": mean, "low": mean - half, "high": mean + half, "n": len(pairs)}
 
 
 def bits_per_byte(loss: float, tokens_per_byte: float) -> float:

@@ -76,8 +76,13 @@ def read_runs(path: Path) -> dict[str, pd.DataFrame]:
 
 
 def to_curve(rows: pd.DataFrame) -> pd.DataFrame:
-    """Turn rows into a curve like ``analysis.load_curve``: of a step that is repeated, the last."""
+    """Turn rows into a curve like ``analysis.load_curve``: of a step that is repeated, the last.
+
+    What ``evaluate`` printed is a score, which knows no axis.
+    """
     names = {KNOWN.get(re.sub("[/ ]", "_", str(name).lower())): name for name in rows}
+    if "val_sha256" in rows and "step" not in names:  # written by ``python -m llmlib evaluate``
+        return rows.assign(kind="score", val_loss=rows.loss).reindex(columns=CURVE_COLUMNS)
     if "step" not in names or not {"loss", "val_loss"} & names.keys():
         raise ValueError(
             f"it has the columns {', '.join(map(str, rows))}; a curve needs step and loss or val_loss "

@@ -24,6 +24,10 @@ STYLE = Path(__file__).with_suffix(".mplstyle")
 BLUE, ORANGE, SKY, BLACK = "#0072B2", "#D55E00", "#56B4E9", "#000000"
 N_DOMAINS = 15  # of a corpus that are shown
 DOTTED = {"color": BLACK, "linestyle": ":", "linewidth": 1}
+POINTS = {  # kinds of rows that no line joins
+    "final": {"linestyle": "", "markersize": 9, "fillstyle": "none"},
+    "trial": {"linestyle": "", "marker": ".", "color": "#BBBBBB", "zorder": 0},
+}
 LABELS = {
     "tokens": "Training tokens",
     "seconds": "Budget spent [s]",
@@ -60,12 +64,9 @@ def _format_log_axes(axes: Axes) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         if axis.get_scale() == "log":
             low, high = axis.get_view_interval()
-            if high / low < 30:  # within a decade or so, powers of ten alone are too few
-                is_short = high / low < 5
-                few = (
-                    MaxNLocator(4, steps=[1, 2, 5, 10]) if is_short else LogLocator(subs=(1, 2, 5))
-                )
-                axis.set_major_locator(few)
+            if high / low < 30:  # powers of ten alone are too few
+                near, far = MaxNLocator(4, steps=[1, 2, 5, 10]), LogLocator(subs=(1, 2, 5))
+                axis.set_major_locator(near if high / low < 5 else far)
             axis.set_major_formatter(FuncFormatter(short_number))
             axis.set_minor_formatter(NullFormatter())
 
@@ -232,10 +233,7 @@ def loss_by_budget(figure: Figure, table: pd.DataFrame, goal: float) -> None:
 
 @styled
 def training_curve(figure: Figure, curve: pd.DataFrame, final_loss: float | None) -> None:
-    """Show one run against the clock: losses above, learning rate and gradient norm below.
-
-    A run without a final loss is still going on.
-    """
+    """Show one run against the clock; without a final loss, it is still going on."""
     steps = analysis.smooth(curve, 1 / 40).query("kind == 'step'")
     evals = curve[curve.kind == "eval"]
     figure.set_figheight(5.6)
@@ -261,10 +259,10 @@ def training_curve(figure: Figure, curve: pd.DataFrame, final_loss: float | None
 def compare_curves(
     figure: Figure, curves: dict[str, pd.DataFrame], quantities: Sequence[str] = analysis.AXES
 ) -> None:
-    """Show runs' validation loss against tokens, seconds and FLOPs; a run lacks what it does not know.
+    """Show runs' validation loss against tokens, seconds and FLOPs, where they know them.
 
-    A curve without validations shows its smoothed training loss, faintly. A hollow marker is the
-    final score on all held-out documents. The first fifth of a run may lie above the axis.
+    A curve without validations shows its smoothed training loss, faintly. Hollow: the final score on
+    all held-out documents. Pale: a study's run. A horizontal line: a score. The start may be cut off.
     """
     figure.set_figwidth(3.4 * len(quantities))
     [panels] = figure.subplots(1, len(quantities), sharey=True, squeeze=False)
@@ -275,14 +273,15 @@ def compare_curves(
             if rows.empty:
                 rows = curves[name].assign(val_loss=curves[name].smoothed).dropna(subset="val_loss")
                 label, alpha = f"{label} (training)", 0.5
+            if (rows.kind == "score").any():
+                panel.axhline(rows.val_loss.max(), label=label, **look | {"marker": ""})
             rows = rows[rows[quantity] > 0]
-            final, line = rows[rows.kind == "final"], rows[rows.kind != "final"]
-            hollow = {"linestyle": "", "markersize": 9, "fillstyle": "none"}
-            style = {"markevery": len(line) // 8 + 1, "alpha": alpha}
-            for part, change in ((final, hollow), (line, style)):
-                if len(part):
-                    panel.plot(part[quantity], part.val_loss, label=label, **look | change)
-            readable += [*rows.val_loss[rows[quantity] >= rows[quantity].max() / 5]]
+            line = {"markevery": len(rows) // 8 + 1, "alpha": alpha}
+            for kind, part in rows.groupby(rows.kind.where(rows.kind.isin(POINTS), "line")):
+                style = look | POINTS.get(kind, line)
+                panel.plot(part[quantity], part.val_loss, label=label, **style)
+            late = rows[(rows[quantity] >= rows[quantity].max() / 5) & (rows.kind != "trial")]
+            readable += [rows.val_loss.min(), *late.val_loss]
         panel.set(xscale="log", xlabel=LABELS[quantity])
     _limit_y(panels[0], readable)
     panels[0].set(ylabel=LABELS["val_loss"], title="Loss by tokens, time and compute")

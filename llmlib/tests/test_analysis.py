@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
 
 from llmlib import analysis, runs
 
@@ -81,6 +80,19 @@ def test_a_finished_runs_curve_ends_with_its_final_score(tmp_path):
     assert (final["val_loss"], final["flops"]) == (2.5, 2 * step["flops"])
 
 
+def test_rows_of_studies_are_points_and_other_tables_are_none(tmp_path):
+    row = {"id": "r1", "n_steps": 2, "n_tokens": 16, "flops": 9.0, "loss": 2.5}
+    for folder, table in (("03", [row, row]), ("04", [row | {"loss": None}]), ("02", [{"id": 1}])):
+        runs.write_json(tmp_path / folder / "config.json", {})
+        pd.DataFrame(table).to_csv(tmp_path / folder / "table.csv", index=False)
+    (tmp_path / "external").mkdir()
+    (tmp_path / "external" / "x.csv").write_text("not read")
+    points = analysis.load_trials(tmp_path).dropna(subset="val_loss")
+    assert points.kind.tolist() == ["trial"] and points.seconds.isna().all()
+    assert points[["step", "tokens", "flops", "val_loss"]].to_numpy().tolist() == [[2, 16, 9, 2.5]]
+    assert analysis.load_trials(tmp_path / "none").empty
+
+
 def test_domains_compare_across_finished_runs_that_have_them(tmp_path):
     write_run(tmp_path / "one", by_domain=[{"domain": "a", "bits_per_byte": 1.5}])
     write_run(tmp_path / "two", by_domain=[{"domain": "a", "bits_per_byte": 1.25}])
@@ -98,16 +110,3 @@ def test_smoothing_is_centred_and_leaves_validations_alone():
     smoothed = analysis.smooth(curve, 0.05).smoothed
     assert smoothed[10:90].tolist() == steps.loss[10:90].tolist()  # on a line, no lag
     assert math.isnan(smoothed.iloc[100])
-
-
-# ------------------------------------------------------------------ comparisons
-
-
-def test_paired_difference_is_a_paired_t_test_over_the_pairs_that_finished():
-    ours, theirs = [3.0, 3.2, math.nan, 3.1], [3.3, 3.4, 3.0, 3.5]
-    found = analysis.paired_difference(ours, theirs)
-    test = stats.ttest_rel(ours, theirs, nan_policy="omit").confidence_interval(0.95)
-    expected = {"difference": -0.3, "low": test.low, "high": test.high, "n": 3}
-    assert found == pytest.approx(expected)
-    assert math.isnan(analysis.paired_difference([1.0], [2.0])["low"])
-    assert analysis.paired_difference([math.nan], [1.0])["n"] == 0

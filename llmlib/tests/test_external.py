@@ -118,3 +118,10 @@ def test_a_curve_of_steps_and_losses_alone_knows_no_other_axis(tmp_path, put):
     curve = external.load_curves(tmp_path)[0][name]
     assert curve[["tokens", "seconds", "flops"]].isna().all(axis=None)
     assert analysis.smooth(curve, 1e-9).smoothed.tolist() == [4.0, 3.0, 3.0]
+
+
+def test_a_score_knows_no_axis(tmp_path, put):
+    name = put("theirs.csv", "loss,perplexity,n_tokens,val_sha256\n2.5,12.2,64,abc\n")
+    [score] = external.load_curves(tmp_path)[0][name].to_dict("records")
+    assert (score["kind"], score["val_loss"]) == ("score", 2.5)
+    assert all(math.isnan(score[axis]) for axis in analysis.AXES)

@@ -98,6 +98,15 @@ def test_a_curve_appears_only_where_its_axis_is_known():
     assert [t.get_text() for t in legend.get_texts()] == ["ours", "theirs (training)"]
 
 
+def test_a_score_is_a_line_and_trials_are_points_in_every_panel_that_they_know():
+    score = CURVE[:1].assign(kind="score", val_loss=2.9, **dict.fromkeys(analysis.AXES, nan))
+    trials = CURVE.assign(kind="trial", val_loss=3.0, seconds=nan)
+    figure = plots.compare_curves({"ours": CURVE, "score": score, "trials": trials})
+    assert [len(axes.lines) for axes in figure.axes] == [3, 2, 3]
+    assert {axes.lines[1].get_ydata()[0] for axes in figure.axes} == {2.9}
+    assert {axes.lines[2].get_linestyle() for axes in figure.axes[::2]} == {"None"}
+
+
 def test_comparison_shows_the_end_of_a_run_and_not_how_it_began():
     steps = np.arange(1.0, 21)
     curve = pd.DataFrame({"kind": "eval", "step": steps, "tokens": steps, "val_loss": 60 / steps})

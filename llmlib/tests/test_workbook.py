@@ -147,7 +147,7 @@ def test_sample_export_evaluate_and_plan_say_what_they_did(smoke_records, llmlib
     assert status == 0, errors
     assert (tmp_path / "model" / "model.safetensors").exists()
     status, output, errors = llmlib("evaluate", run, "--tokens", tokens)
-    names, values = (line.split() for line in output.splitlines())
+    names, values = (line.split(",") for line in output.splitlines())
     loss = runs.read_result(run)["val"]["loss"]
     assert float(dict(zip(names, values, strict=True))["loss"]) == pytest.approx(loss, rel=1e-5)
     status, output, errors = llmlib("plan", "--hours", 1, "--gpu", "H200")
