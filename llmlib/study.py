@@ -6,13 +6,14 @@ find. Each is an ordinary, resumable run below the record's ``trials/``; what co
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy import stats
 
 from llmlib import launch, runs
@@ -21,6 +22,7 @@ from llmlib.sizing import count_params
 
 Setting = tuple[ModelConfig, TrainConfig]
 Settings = dict[str, Setting]
+Factors = Callable[[float, float], float]  # of the peak rates, by parameters and time [s]
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,12 @@ class Plan:
 
 PLANS = {
     "smoke": Plan(((1, 32), (1, 64), (2, 64)), (0.05, 0.1, 0.2), 0.1, (1, 2)),
-    "laptop": Plan(
-        sizes=((1, 16), (1, 32), (1, 64), (2, 96)),
-        times=(2.0, 4.0, 8.0),
-        trial_seconds=6.0,
-    ),
-    "a100": Plan(
-        sizes=((8, 640), (10, 896), (12, 1024), (14, 1280)),
-        times=(300.0, 600.0, 1200.0),
-        trial_seconds=600.0,
-    ),
+    "laptop": Plan(((1, 16), (1, 32), (1, 64), (2, 96)), (2.0, 4.0, 8.0), 6.0),
+    "a100": Plan(((8, 640), (10, 896), (12, 1024), (14, 1280)), (300.0, 600.0, 1200.0), 600.0),
 }
 VAL_TOKENS = 64_000  # that a study's run is scored on, at most
 MIN_STEPS = 4  # of a run
+MOST_FACTORS = 12  # of a grid that extends itself
 
 
 def run_study(record: runs.Record, name: str, settings: Settings, tokens_dir: Path) -> pd.DataFrame:
@@ -134,20 +129,28 @@ def search(
     """
     best = start
     for names in coordinates:
-        factors = [0.5, 1.0, 2.0]
-        while True:
-            tries = [scaled(best, names, factor) for factor in factors]
-            table = train_all({f"{i}": (model, train) for i, train in enumerate(tries)})
-            at = int(table.loss.fillna(np.inf).argmin())
-            if 0 < at < len(factors) - 1:
-                break
-            low, high = factors[0], factors[-1]
-            factors = sorted([*factors, *([low / 4, low / 2] if at == 0 else [2 * high, 4 * high])])
-        best = tries[at]
+        factors, wider = [], [0.5, 1.0, 2.0]
+        while wider != factors:
+            factors = wider
+            table = train_all({f"{x}": (model, scaled(best, names, x)) for x in factors})
+            losses = pd.Series(table.loss.to_numpy(), factors)
+            wider = _wider(losses)
+        best = scaled(best, names, losses.idxmin())
     return best
 
 
-def scaled(train: TrainConfig, names: tuple[str, ...], factor: float) -> TrainConfig:
+def _wider(losses: pd.Series) -> list[float]:
+    """Return a grid of factors (the index), with two more beyond its best if that is at an end."""
+    factors, at = [*losses.index], losses.fillna(np.inf).argmin()
+    low, high = factors[0], factors[-1]
+    if 0 < at < len(factors) - 1:
+        return factors
+    if len(factors) > MOST_FACTORS:
+        raise ValueError(f"no best between {low:g} and {high:g} times a rate; do its runs fail?")
+    return sorted([*factors, *([low / 4, low / 2] if at == 0 else [2 * high, 4 * high])])
+
+
+def scaled(train: TrainConfig, names: Iterable[str], factor: float) -> TrainConfig:
     """Multiply settings by a factor, counts to whole numbers."""
     values = {name: getattr(train, name) for name in names}
     return override(train, **{name: type(v)(v * factor) for name, v in values.items()})
@@ -219,14 +222,14 @@ def iso_time_settings(
     speeds: pd.Series,
     plan: Plan,
     *,
-    factors: dict[str, float] | None = None,
+    factors: Factors | None = None,
     best: pd.Series | None = None,
     n_seeds: int = 3,
     max_tokens: float = float("inf"),
 ) -> Settings:
     """Every size for every time, by its speed [tokens/s], in whole steps; whole runs.
 
-    ``factors`` multiply a size's peak rates. ``n_seeds`` go to the three sizes next to the ``best``
+    ``factors`` give what multiplies a size's peak rates at a time. ``n_seeds`` go to the three sizes next to the ``best``
     of each time [parameters, by time]; while it is not known, to the middle size at the shortest
     time, for the noise. Left out are runs of more than ``max_tokens`` and sizes whose speed is NaN
     (the step failed); if that leaves none, it is refused.
@@ -238,11 +241,9 @@ def iso_time_settings(
         repeated = {(seconds, name) for seconds in far for name in far[seconds].nsmallest(3).index}
     settings = {}
     for name, (model, train) in sizes.items():
-        factor = (factors or {}).get(name, 1.0)
-        rates = {rate: getattr(train, rate) for rate in ("lr", "embed_lr", "vector_lr")}
-        tuned = override(train, **{rate: factor * value for rate, value in rates.items() if value})
         for seconds in plan.times if speeds[name] > 0 else ():
-            _, run = in_time((model, tuned), speeds[name], seconds)
+            factor = factors(count_params(model), seconds) if factors else 1.0
+            _, run = in_time((model, _at_rates(train, factor)), speeds[name], seconds)
             n_runs = n_seeds if (seconds, name) in repeated else 1
             for seed in range(1, n_runs + 1) if run.budget_tokens <= max_tokens else ():
                 label = f"{name}-{seconds:g}s-x{factor:.3g}-seed{seed}"
@@ -262,14 +263,49 @@ def iso_time_points(trials: pd.DataFrame) -> pd.DataFrame:
     return points[points.status == "finished"].copy()
 
 
-def interpolate_factors(tried: pd.DataFrame, n_params: pd.Series) -> dict[str, float]:
-    """Choose each size's factor of the peak rates between the best factors of both end sizes.
+def _at_rates(train: TrainConfig, factor: float) -> TrainConfig:
+    rates = [name for name in ("lr", "embed_lr", "vector_lr") if getattr(train, name)]
+    return scaled(train, rates, factor)
 
-    ``tried`` is from ``iso_time_points``; ``n_params`` by the name of the size.
+
+def tune_sizes(
+    train_all: Callable[[Settings], pd.DataFrame], sizes: Settings, speeds: pd.Series, plan: Plan
+) -> pd.DataFrame:
+    """Search the peak rates of both end sizes at the first time and the last but one.
+
+    Four rows: n_params, seconds and the factor of the size's own rates, the vertex of a parabola
+    through the best of a grid, which is extended until that is inside, and its neighbours.
     """
-    top = tried.loc[tried.groupby("n_params").loss.idxmin(), ["n_params", "factor"]]
-    factors = np.exp(np.interp(np.log(n_params), *np.log(top).to_numpy().T))
-    return dict(zip(n_params.index, factors, strict=True))
+    known = [name for name in sizes if speeds[name] > 0]
+    times, tried = (plan.times[0], plan.times[-2]), {}
+    grids = {(size, t): [0.5, 1.0, 2.0] for size in (known[0], known[-1]) for t in times}
+    while {corner: [*own.index] for corner, own in tried.items()} != grids:
+        settings = {}
+        for (size, seconds), factors in grids.items():
+            model, run = in_time(sizes[size], speeds[size], seconds)
+            for factor in factors:
+                settings[f"{size}-{seconds:g}s-x{factor:g}"] = model, _at_rates(run, factor)
+        losses = iter(train_all(settings).loss)
+        tried = {c: pd.Series([next(losses) for _ in grid], grid) for c, grid in grids.items()}
+        grids = {corner: _wider(own) for corner, own in tried.items()}
+    rows = []
+    for (size, seconds), own in tried.items():
+        near = own.iloc[own.argmin() - 1 : own.argmin() + 2].fillna(own.max())
+        c, b, _ = np.polyfit(np.log(near.index), near, 2)
+        row = {"n_params": count_params(sizes[size][0]), "seconds": seconds}
+        rows.append(row | {"factor": np.exp(-b / (2 * c))})
+    return pd.DataFrame(rows)
+
+
+def interpolate_factors(tuned: pd.DataFrame) -> Factors:
+    """Let log factor be linear in log N, in log t and in their product, through four corners."""
+
+    def terms(n_params: ArrayLike, seconds: ArrayLike) -> np.ndarray:
+        x, y = np.log(n_params), np.log(seconds)
+        return np.stack([x**0, x, y, x * y], axis=-1)
+
+    constants = np.linalg.solve(terms(tuned.n_params, tuned.seconds), np.log(tuned.factor))
+    return lambda n_params, seconds: float(np.exp(terms(n_params, seconds) @ constants))
 
 
 def load_tables(parts: list[Path], names: dict[str, str]) -> dict[str, pd.DataFrame]:

@@ -43,7 +43,9 @@ def test_seeds_go_to_the_three_sizes_next_to_the_best_and_factors_to_every_rate(
     plan = replace(PLANS["smoke"], sizes=tuple((1, 32 * n) for n in range(1, 6)), times=(1.0, 2.0))
     sizes = study.size_settings(SMOKE.model, override(SMOKE.train, embed_lr=0.5), plan)
     best = pd.Series({1.0: 1e3, 2.0: count_params(sizes["1x128"][0])})
-    named = {"factors": {"1x64": 0.5}, "best": best, "n_seeds": 2}
+    middle = count_params(sizes["1x64"][0])
+    halved = lambda n_params, seconds: 0.5 if (n_params, seconds) == (middle, 1.0) else 1.0  # noqa: E731
+    named = {"factors": halved, "best": best, "n_seeds": 2}
     settings = study.iso_time_settings(sizes, pd.Series(1e6, index=list(sizes)), plan, **named)
     repeated = [name.removesuffix("-seed2") for name in settings if name.endswith("seed2")]
     assert repeated == ["1x32-1s-x1", "1x64-1s-x0.5", "1x96-1s-x1"] + [
@@ -117,6 +119,40 @@ def test_settings_named_together_are_scaled_together_and_counts_stay_whole():
     scaled = study.scaled(override(FP32, embed_lr=0.5), ("lr", "embed_lr", "micro_batch"), 0.5)
     assert (scaled.lr, scaled.embed_lr) == (FP32.lr / 2, 0.25)
     assert scaled.micro_batch == FP32.micro_batch // 2
+
+
+def test_end_sizes_are_tuned_at_two_times_and_the_others_lie_between():
+    """Of losses with a known best rate, c N^-0.5 t^-0.25 with a product, the search finds it."""
+    plan = replace(PLANS["smoke"], times=(1.0, 2.0, 8.0, 16.0))
+    sizes = study.size_settings(SMOKE.model, override(SMOKE.train, embed_lr=0.5), plan)
+    speeds, n_runs = pd.Series(1e6, index=list(sizes)), []
+    start = {count_params(model): train.lr for model, train in sizes.values()}
+
+    def best_factor(n_params, seconds):
+        return (
+            30
+            * n_params**-0.25
+            * seconds**-0.5
+            * math.exp(0.02 * math.log(n_params) * math.log(seconds))
+        )
+
+    def train_all(settings):
+        n_runs.append(len(settings))
+        return pd.DataFrame(
+            {"loss": math.log(t.lr / start[n] / best_factor(n, round(t.budget_tokens / 1e6))) ** 2}
+            for m, t in settings.values()
+            for n in [count_params(m)]
+        )
+
+    tuned = study.tune_sizes(train_all, sizes, speeds, plan)
+    assert len(n_runs) > 1 and set(tuned.seconds) == {1.0, 8.0}
+    factors = study.interpolate_factors(tuned)
+    for model, _ in sizes.values():
+        for seconds in plan.times:
+            expected = best_factor(count_params(model), seconds)
+            assert factors(count_params(model), seconds) == pytest.approx(expected, rel=1e-2)
+    with pytest.raises(ValueError, match=r"no best between .* do its runs fail"):
+        study.tune_sizes(lambda s: pd.DataFrame({"loss": [math.nan] * len(s)}), sizes, speeds, plan)
 
 
 def table_of(losses):
