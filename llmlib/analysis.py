@@ -1,7 +1,6 @@
 """Loss curves to comparisons: finding runs, smoothing, intervals, tables. No torch."""
 
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +50,6 @@ def load_trials(*folders: Path) -> pd.DataFrame:
     rows = [t.drop_duplicates("id") for t in tables if {"id", *names} <= set(t)]
     rows = pd.concat([pd.DataFrame(columns=list(names)), *rows]).rename(columns=names)
     return rows.assign(kind="trial", loss=math.nan).reindex(columns=CURVE_COLUMNS)
-
-
-def literal(name: str) -> str:
-    """Write a name as it is: no mathematics, no second line, not hidden from a legend."""
-    shown = "".join(c if c.isprintable() else "\ufffd" for c in name)
-    return re.sub("^_", "\u200b_", shown.replace("$", r"\$"))
 
 
 def smooth(curve: pd.DataFrame, share: float) -> pd.DataFrame:

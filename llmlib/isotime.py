@@ -31,7 +31,7 @@ def find_optima(
     """Read the best size of every time off a parabola in log N (Hoffmann et al. 2022, approach 2).
 
     ``points`` has seconds, n_params and loss of every run. Returns a table (seconds; n_params and
-    loss with intervals; note) and draws, shape (n_times, 3, 1 + n_samples): log N*, loss there,
+    loss with intervals; curvature; note) and draws, shape (n_times, 3, 1 + n_samples): log N*, loss there,
     curvature; the fit first. A time whose lowest loss or vertex is at the edge of its sizes is
     refused: NaN and a note. A sample's vertex outside counts as the edge: its interval is open there.
 
@@ -47,6 +47,7 @@ def find_optima(
     errors = (variance * freedom / rng.chisquare(freedom, n_samples)) ** 0.5
     draws = np.array([_find_vertices(*fit, errors, rng) for *fit, _ in fits])
     found = with_interval("n_params", np.exp(draws[:, 0])) | with_interval("loss", draws[:, 1])
+    found["curvature"] = draws[:, 2, 0]
     note = np.where(np.isnan(found["n_params"]), "refused: no minimum inside its sizes", "")
     return pd.DataFrame({"seconds": list(times.groups)} | found | {"note": note}), draws
 

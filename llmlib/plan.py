@@ -7,7 +7,7 @@ import pandas as pd
 
 from llmlib import devices, runs, sizing
 from llmlib.config import get_scale
-from llmlib.plots import short_number
+from llmlib.style import short_number
 
 MFU = np.array([0.4, 0.6])  # of the datasheet's peak: what models of 100 to 200 M are reported at
 TEXT_GB = {"DKYoon/SlimPajama-6B": (24, 12)}  # to download, and on disk as tokens

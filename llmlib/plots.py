@@ -1,29 +1,34 @@
-"""The figures: one style, one function per figure, data in, figure out. No torch.
+"""The figures: one function per figure, data in, figure out. No torch.
 
-Every experiment keeps its colour, marker and line style, in the order of the style's cycle. A title
-names what is shown; it states a finding only where the caller, who knows the noise, passes one.
+A title names what is shown; it states a finding only where the caller, who knows the noise, passes
+one. What all figures share is in ``style``.
 """
 
-from collections.abc import Callable, Sequence
-from functools import wraps
+from collections.abc import Sequence
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from llmlib import analysis, sizing
-from llmlib.analysis import literal
+from llmlib.style import (
+    BLACK,
+    BLUE,
+    DOTTED,
+    ORANGE,
+    SKY,
+    limit_y,
+    literal,
+    looks,
+    short_number,
+    spread,
+    styled,
+)
 
-STYLE = Path(__file__).with_suffix(".mplstyle")
-BLUE, ORANGE, SKY, BLACK = "#0072B2", "#D55E00", "#56B4E9", "#000000"
 N_DOMAINS = 15  # of a corpus that are shown
-DOTTED = {"color": BLACK, "linestyle": ":", "linewidth": 1}
 POINTS = {  # kinds of rows that no line joins
     "final": {"linestyle": "", "markersize": 9, "fillstyle": "none"},
     "trial": {"linestyle": "", "marker": ".", "color": "#BBBBBB", "zorder": 0},
@@ -35,67 +40,6 @@ LABELS = {
     "val_loss": "Validation loss [nats/token]",
     "n_params": "Parameters",
 }
-
-
-def styled(draw: Callable[..., None]) -> Callable[..., Figure]:
-    """Let ``draw`` fill a figure in the shared style, and return it; callers leave the figure out.
-
-    Log axes get short tick labels, and everything with a label appears in one legend below.
-    """
-
-    @wraps(draw)
-    def wrapper(*args: Any, **kwargs: Any) -> Figure:
-        with plt.style.context(STYLE):
-            figure, labelled = plt.figure(figsize=(7.2, 3.8)), {}
-            draw(figure, *args, **kwargs)
-            for axes in figure.axes:
-                _format_log_axes(axes)
-                handles, labels = axes.get_legend_handles_labels()
-                labelled |= dict(zip(labels, handles, strict=True))
-            if labelled:
-                figure.legend(labelled.values(), labelled, loc="outside lower center", ncols=4)
-        plt.close(figure)  # a notebook shows the returned figure, once
-        return figure
-
-    return wrapper
-
-
-def _format_log_axes(axes: Axes) -> None:
-    for axis in (axes.xaxis, axes.yaxis):
-        if axis.get_scale() == "log":
-            low, high = axis.get_view_interval()
-            if high / low < 30:  # powers of ten alone are too few
-                near, far = MaxNLocator(4, steps=[1, 2, 5, 10]), LogLocator(subs=(1, 2, 5))
-                axis.set_major_locator(near if high / low < 5 else far)
-            axis.set_major_formatter(FuncFormatter(short_number))
-            axis.set_minor_formatter(NullFormatter())
-
-
-def short_number(value: float, _: Any = None) -> str:
-    """Write a number with at most three digits and k, M, B or T: 950, 1.5k, 33k, 2.1M."""
-    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= limit:
-            return f"{value / limit:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Give each experiment its colour, line style and marker."""
-    with plt.style.context(STYLE):
-        return dict(zip(names, cycle(plt.rcParams["axes.prop_cycle"])))
-
-
-def _spread(table: pd.DataFrame, name: str) -> list[pd.Series]:
-    """Return the distances of an interval's ends from its middle, for error bars."""
-    return [table[name] - table[f"{name}_low"], table[f"{name}_high"] - table[name]]
-
-
-def _limit_y(axes: Axes, values: Sequence[float | None]) -> None:
-    """Let an axis end a little beyond values, where they differ."""
-    shown = pd.Series(values, dtype=float)
-    margin = 0.1 * (shown.max() - shown.min())
-    if margin > 0:
-        axes.set_ylim(shown.min() - margin, shown.max() + margin)
 
 
 @styled
@@ -118,57 +62,81 @@ def speed_ups(figure: Figure, table: pd.DataFrame) -> None:
     table = table.dropna(subset="speed_up").iloc[:0:-1]
     figure.set_figheight(1.4 + 0.34 * len(table))
     axes = figure.subplots()
-    spread = _spread(table, "speed_up")
-    axes.errorbar(table.speed_up, table.name, xerr=spread, fmt="o", capsize=3, label="measured")
+    bars = {"xerr": spread(table, "speed_up"), "fmt": "o", "capsize": 3, "label": "measured"}
+    axes.errorbar(table.speed_up, table.name, **bars)
     hollow = {"color": ORANGE, "marker": "D", "linestyle": "", "fillstyle": "none"}
     axes.plot(table.claim.where(table.claim != 1), table.name, label="claimed", **hollow)
     axes.axvline(1, **DOTTED)
     axes.set(xlabel="Speed of our step over the variant's [ratio]", title="Ablations of the step")
 
 
+def _looks_by_time(points: pd.DataFrame) -> dict[float, dict[str, Any]]:
+    """Give each time a colour of cividis, the longest the lightest, and a marker."""
+    times = sorted(points.seconds.unique())
+    shades = plt.cm.cividis(np.linspace(0, 0.85, len(times)))
+    looks = [{"color": c, "marker": m, "linestyle": ""} for c, m in zip(shades, cycle("os^Dv"))]
+    return dict(zip(times, looks, strict=True))
+
+
 @styled
 def iso_time(figure: Figure, points: pd.DataFrame, optima: pd.DataFrame, marks: dict) -> None:
-    """Show loss by size for each time, with ``isotime.find_optima``'s minima and two marked sizes."""
+    """Show loss by size for each time, with ``isotime.find_optima``'s parabolas and two sizes."""
     axes = figure.subplots()
-    for seconds, part in points.groupby("seconds"):
-        colour = plt.cm.cividis(0.85 * (points.seconds < seconds).mean())
-        axes.plot(part.n_params, part.loss, "o", color=colour, markersize=4)
-        axes.plot(part.groupby("n_params").loss.mean(), "-", color=colour, label=f"{seconds:g} s")
+    for seconds, look in _looks_by_time(points).items():
+        part = points[points.seconds == seconds]
+        axes.plot(part.n_params, part.loss, label=f"{seconds:g} s", **look)
     stand = optima.dropna(subset="n_params")
-    bars = {"xerr": _spread(stand, "n_params"), "fmt": "D--", "color": ORANGE, "capsize": 3}
-    axes.errorbar(stand.n_params, stand.loss, zorder=3, label="minimum, 90 %", **bars)
+    for row in stand.itertuples():
+        far = np.linspace(-1, 1) * np.log(4)
+        line = {"color": BLACK, "linewidth": 0.7, "linestyle": "-", "marker": ""}
+        axes.plot(row.n_params * np.exp(far), row.loss + row.curvature * far**2, **line)
+    bars = {"xerr": spread(stand, "n_params"), "fmt": "D--", "color": ORANGE, "capsize": 3}
+    axes.errorbar(stand.n_params, stand.loss, zorder=3, label="fitted minimum, 90 %", **bars)
     for (name, n_params), style in zip(marks.items(), (":", "-."), strict=False):
         axes.axvline(n_params, color=BLACK, linestyle=style, linewidth=1, label=name)
     axes.set(xscale="log", xlabel=LABELS["n_params"], ylabel=LABELS["val_loss"])
+    limit_y(axes, points.loss)
     axes.set(title="Loss by size for equal training time")
 
 
 @styled
 def loss_by_time(figure: Figure, optima: pd.DataFrame, held_out: pd.DataFrame, line: Any) -> None:
-    """Show the loss at the best size by time: measured, predicted, and the line (same columns)."""
+    """Show the loss at the best size by time: fitted, predicted, and the line (same columns)."""
     axes = figure.subplots()
-    axes.fill_between(line.seconds, line.loss_low, line.loss_high, alpha=0.2, label="line, 90 %")
-    for label, table in {"predicted from shorter times": held_out, "measured": optima}.items():
-        axes.errorbar(table.seconds, table.loss, _spread(table, "loss"), ls="", label=label)
+    band = {"alpha": 0.2, "label": "power law, 90 % interval"}
+    axes.fill_between(line.seconds, line.loss_low, line.loss_high, **band)
+    tables = {"fitted minimum": (optima, 1.0), "from shorter times": (held_out, 1.04)}
+    for label, (table, shift) in tables.items():  # beside each other
+        bars = {"yerr": spread(table, "loss"), "ls": "", "label": label, "capsize": 3}
+        axes.errorbar(table.seconds * shift, table.loss, **bars)
     axes.set(xscale="log", xlabel="Training time [s]", ylabel=LABELS["val_loss"])
+    axes.set_xticks([*optima.seconds, *line.seconds.tail(1)])
     axes.set(title="Loss at the best size by training time")
 
 
 @styled
 def predicted_loss(figure: Figure, points: pd.DataFrame) -> None:
     """Show what all times but the longest predict for every run against what it measured."""
-    axes = figure.subplots()
-    for seconds, part in points.groupby("seconds"):
-        look = {"fillstyle": "none" if seconds == points.seconds.max() else "full"}
-        axes.plot(part.loss, part.predicted, linestyle="", label=f"{seconds:g} s", **look)
+    axes, last = figure.subplots(), points[points.seconds == points.seconds.max()]
+    for seconds, look in _looks_by_time(points).items():
+        part, fill = (
+            points[points.seconds == seconds],
+            "none" if seconds in [*last.seconds] else "full",
+        )
+        axes.plot(part.loss, part.predicted, label=f"{seconds:g} s", fillstyle=fill, **look)
+    for size, row in last.groupby("n_params")[["loss", "predicted"]].mean().iterrows():
+        axes.annotate(short_number(size), row, xytext=(6, -10), textcoords="offset points")
     axes.axline((points.loss.min(),) * 2, slope=1, **DOTTED)
     axes.set(xlabel="Measured loss [nats/token]", ylabel="Predicted loss [nats/token]")
-    axes.set(title="Predicted against measured loss (hollow: held out)")
+    axes.set(title="Predicted against measured loss (hollow: held out, with its parameters)")
 
 
 @styled
 def rate_grids(figure: Figure, table: pd.DataFrame, noise: float) -> None:
-    """Show loss by learning rate (``study.grids``), from each grid's best; a band for the noise."""
+    """Show loss by learning rate (``study.grids``), to half a nat above each grid's best.
+
+    The band is the noise of such a difference.
+    """
     names = {"lr": "hidden matrices", "embed_lr": "embedding"}
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     look = looks(table.optimizer.unique())
@@ -179,22 +147,25 @@ def rate_grids(figure: Figure, table: pd.DataFrame, noise: float) -> None:
                 axes.plot(1, 0, "o", color=BLACK, markersize=12, fillstyle="none")
         axes.axhspan(0, noise, color="#DDDDDD", zorder=0)
         axes.set(xscale="log", xlabel="Rate / best rate", title=f"Rate of the {title}")
+        axes.set(ylim=(-0.02, 0.5), xticks=sorted(table[table.setting == name].factor.unique()))
     panels[0].set(ylabel="Loss above the best [nats/token]")
 
 
 @styled
-def arms(figure: Figure, table: pd.DataFrame, noise: float) -> None:
-    """Show each arm's final losses, a point per seed, the mean and a band for the noise about it."""
-    names = table.groupby("arm").loss.mean().sort_values(ascending=False).index
+def arms(figure: Figure, table: pd.DataFrame) -> None:
+    """Show each arm's final losses, a point per seed, with their mean and standard deviation."""
+    losses = {name: part.loss for name, part in table.groupby("arm")}
+    names = sorted(losses, key=lambda name: -losses[name].mean())
     figure.set_figheight(1.2 + 0.36 * len(names))
     axes = figure.subplots()
-    for place, name in enumerate(names):
-        losses = table.loc[table.arm == name, "loss"]
-        axes.plot(losses, [place] * len(losses), "o", color=BLUE, markersize=4)
-        axes.plot(losses.mean(), place, "|", markersize=18, color=BLACK)
-        axes.barh(place, 2 * noise, 0.7, losses.mean() - noise, color="#DDDDDD", zorder=0)
+    for place, own in enumerate(map(losses.get, names)):
+        seeds = place + np.linspace(-0.2, 0.2, len(own))
+        axes.plot(own, seeds, "o", color=BLUE, markersize=4)
+        axes.plot(own.mean(), place, "|", markersize=18, color=BLACK)
+        axes.barh(place, 2 * own.std(), 0.7, own.mean() - own.std(), color="#DDDDDD", zorder=0)
     axes.set_yticks(range(len(names)), [literal(name) for name in names])
-    axes.set(xlabel=LABELS["val_loss"], title="Equal time: points are seeds, bars their means")
+    axes.set(xlabel=LABELS["val_loss"], title="Equal time: seeds, mean and standard deviation")
+    axes.margins(x=0.05)
     axes.grid(axis="y", visible=False)
 
 
@@ -208,27 +179,29 @@ def gains(figure: Figure, panels: dict[str, pd.DataFrame]) -> None:
     for axes, (title, table) in zip(rows, panels.items(), strict=True):
         order = list(table.arm.unique())[::-1]
         for i, (shape, part) in enumerate(table.groupby("shape")):
-            places = [order.index(arm) + 0.15 - 0.3 * i for arm in part.arm]
-            spread = [part.difference - part.low, part.high - part.difference]
-            bars = {"xerr": spread, "capsize": 2, "label": shape}
+            shift = (0.15 - 0.3 * i) * (table.groupby("arm")["shape"].nunique()[part.arm] > 1)
+            places = [order.index(arm) for arm in part.arm] + shift.to_numpy()
+            both = [part.difference - part.low, part.high - part.difference]
+            bars = {"xerr": both, "capsize": 2, "label": shape}
             axes.errorbar(part.difference, places, **(look[shape] | {"linestyle": ""}), **bars)
         axes.axvline(0, color=BLACK, linewidth=1)
         axes.set_yticks(range(len(order)), [literal(name) for name in order])
-        axes.set(title=title, xlabel="Difference in validation loss [nats/token], 95 % interval")
+        axes.set(title=title, ylim=(-0.6, len(order) - 0.4))
         axes.grid(axis="y", visible=False)
+    rows[-1].set(xlabel="Difference in validation loss [nats/token], 95 % interval")
 
 
 @styled
 def loss_by_budget(figure: Figure, table: pd.DataFrame, goal: float) -> None:
-    """Show arms' losses by training time, a point per seed; dotted: the loss to reach."""
+    """Show arms' losses by training time, a point per seed, and the loss to reach."""
     axes = figure.subplots()
     look, points = looks(table.arm.unique()), {"linestyle": "", "markersize": 4}
     for name, part in table.groupby("arm", sort=False):
         axes.plot(part.groupby("seconds").loss.mean(), label=name, **(look[name] | {"marker": ""}))
         axes.plot(part.seconds, part.loss, **(look[name] | points))
-    axes.axhline(goal, **DOTTED)
+    axes.axhline(goal, label="loss to reach", **DOTTED)
     axes.set(xscale="log", xlabel="Training time [s]", ylabel=LABELS["val_loss"])
-    axes.set(title="Loss by training time")
+    axes.set(title="Loss by training time", xticks=sorted(table.seconds.unique()))
 
 
 @styled
@@ -245,12 +218,12 @@ def training_curve(figure: Figure, curve: pd.DataFrame, final_loss: float | None
     top.plot(evals.seconds, evals.val_loss, label="validation", **dashed)
     top.set(ylabel="Loss [nats/token]", title="Loss so far")
     after = steps.smoothed.iloc[len(steps) // 20 :]  # the start would dwarf the rest
-    _limit_y(top, [*after, *evals.val_loss.iloc[1:], final_loss])
+    limit_y(top, [*after, *evals.val_loss.iloc[1:], final_loss])
     if final_loss is not None:
         top.axhline(final_loss, **DOTTED)
         top.set_title(f"Final validation loss {final_loss:.3f} nats/token (dotted)")
     middle.plot(steps.seconds, steps.lr, **blue)
-    middle.set(ylabel="Rate")
+    middle.set(ylabel="Learning\nrate")
     bottom.plot(steps.seconds, steps.grad_norm, linewidth=0.8, **blue)
     bottom.set(ylabel="Gradient\nnorm", yscale="log", xlabel=LABELS["seconds"])
 
@@ -283,7 +256,7 @@ def compare_curves(
             late = rows[(rows[quantity] >= rows[quantity].max() / 5) & (rows.kind != "trial")]
             readable += [rows.val_loss.min(), *late.val_loss]
         panel.set(xscale="log", xlabel=LABELS[quantity])
-    _limit_y(panels[0], readable)
+    limit_y(panels[0], readable)
     panels[0].set(ylabel=LABELS["val_loss"], title="Loss by tokens, time and compute")
 
 
@@ -299,9 +272,10 @@ def domain_scores(figure: Figure, table: pd.DataFrame, names: Sequence[str] = ()
     axes, look = figure.subplots(), looks(names or list(shown))
     for i, (run, part) in enumerate(shown.items(), 1):
         places = domains.get_indexer(part.domain) + 0.4 - 0.8 * i / (len(shown) + 1)
-        bars = {"xerr": _spread(part, "bits_per_byte"), "capsize": 3, "label": literal(run)}
+        bars = {"xerr": spread(part, "bits_per_byte"), "capsize": 3, "label": literal(run)}
         axes.errorbar(part.bits_per_byte, places, **(look[run] | {"linestyle": ""}), **bars)
     axes.set_yticks(range(len(domains)), [literal(domain) for domain in domains])
+    axes.set_ylim(-0.6, len(domains) - 0.4)
     axes.set(xlabel="Loss [bits per byte of text], 95 % interval", title="Loss by domain")
     axes.grid(axis="y", visible=False)
 
@@ -315,5 +289,5 @@ def published_loss(figure: Figure, hours: float, flops_per_s: float, ratio: floa
         axes.plot(n_params, fit.loss(n_params, flops / 6 / n_params), marker="", label=name)
     axes.plot([*sizing.WRITE_UP], [*sizing.WRITE_UP.values()], "ok", label="write-up's runs, 3 h")
     axes.axvline(sizing.params_at_ratio(flops, ratio), label=f"{ratio:.3g} to 1", **DOTTED)
-    axes.set(xscale="log", xlabel=LABELS["n_params"], ylabel="Predicted loss [nats/token]")
-    axes.set(title=f"Published fits, {hours:.3g} h at {flops_per_s:.2g} FLOP/s")
+    axes.set(xscale="log", xlabel=LABELS["n_params"], ylabel="Loss [nats/token]")
+    axes.set(title=f"Published fits, {hours:.3g} h at {flops_per_s / 1e12:.3g} TFLOP/s")

@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llmlib import analysis, panels, plots
+from llmlib import analysis, panels, plots, style
 
 nan = np.nan
 DOMAINS = pd.DataFrame({"domain": ["a", "b"], "tokens": [9, 1], "share": [0.9, 0.1]})
@@ -24,6 +24,7 @@ POINTS = POINTS.assign(seconds=[2.0, 4.0] * 2, loss=[3.1, 3.0, 3.2, 3.0], predic
 OPTIMA = pd.DataFrame({"seconds": [2.0, 4.0], "n_params": [2e6, nan], "loss": [3.0, nan]})
 for quantity in ("n_params", "loss"):
     OPTIMA[f"{quantity}_low"] = OPTIMA[f"{quantity}_high"] = OPTIMA[quantity]
+OPTIMA["curvature"] = 0.1
 DOMAIN_LOSSES = pd.DataFrame({"run": ["one", "one", "two", "two"], "domain": ["a", "b"] * 2})
 for end in ("", "_low", "_high"):
     DOMAIN_LOSSES[f"bits_per_byte{end}"] = [1.2, 1.0, 1.3, 1.1]
@@ -39,7 +40,7 @@ FIGURES = {
     "loss_by_time": lambda: plots.loss_by_time(OPTIMA, OPTIMA, OPTIMA),
     "predicted_loss": lambda: plots.predicted_loss(POINTS),
     "rate_grids": lambda: plots.rate_grids(GRIDS, 0.02),
-    "arms": lambda: plots.arms(ARMS, 0.02),
+    "arms": lambda: plots.arms(ARMS),
     "gains": lambda: plots.gains({"one": GAINS, "two": GAINS[:1]}),
     "loss_by_budget": lambda: plots.loss_by_budget(ARMS, 3.0),
     "training_curve": lambda: plots.training_curve(CURVE, 2.4),
@@ -59,7 +60,9 @@ def test_every_axis_names_its_quantity_and_the_style_stays_ours(name):
     before = dict(plt.rcParams)
     figure = FIGURES[name]()
     assert dict(plt.rcParams) == before and not plt.get_fignums()
-    assert all(axes.get_xlabel() or axes.get_ylabel() for axes in figure.axes)
+    last, shared = figure.axes[-1], figure.axes[-1].get_shared_x_axes()
+    assert last.get_xlabel() or last.get_ylabel()
+    assert all(a.get_xlabel() or a.get_ylabel() or shared.joined(a, last) for a in figure.axes)
     assert any(axes.get_title(loc="left") for axes in figure.axes)
 
 
@@ -78,16 +81,16 @@ def test_a_shape_keeps_its_colour_in_every_panel():
 def test_a_refused_optimum_has_no_point():
     refused = OPTIMA.assign(n_params=nan, loss=nan)
     for optima, n_points in ((OPTIMA, 1), (refused, 0)):
-        [_, bars] = plots.loss_by_time(optima, refused, optima).axes[0].containers
+        [bars, _] = plots.loss_by_time(optima, refused, optima).axes[0].containers
         assert pd.notna(bars[0].get_ydata()).sum() == n_points
         [bars] = plots.iso_time(POINTS, optima, {}).axes[0].containers
         assert len(bars[0].get_xdata()) == n_points
 
 
 def test_experiments_differ_without_colour_and_keep_their_looks():
-    looks = plots.looks(list("abcdefg"))
+    looks = style.looks(list("abcdefg"))
     assert len({(str(look["linestyle"]), look["marker"]) for look in looks.values()}) == 7
-    assert plots.looks(["a", "b"])["b"] == looks["b"]
+    assert style.looks(["a", "b"])["b"] == looks["b"]
 
 
 def test_a_curve_appears_only_where_its_axis_is_known():
@@ -141,7 +144,7 @@ def test_names_of_folders_and_runs_are_shown_as_they_are(name):
     [(179_983_360, "180M"), (1.5e9, "1.5B"), (950, "950"), (0.0, "0"), (33_400, "33.4k")],
 )
 def test_numbers_read_short(value, text):
-    assert plots.short_number(value) == text
+    assert style.short_number(value) == text
 
 
 def test_panels_are_plain_figures_until_somebody_can_touch_them(monkeypatch):

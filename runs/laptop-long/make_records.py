@@ -1,11 +1,12 @@
-"""Make the long study behind notebook 04: make_records.py recipe, then refine, then growth
+"""Make the long study behind notebook 04: make_records.py recipe, then refine, growth, one_rate
 
 "recipe" tunes every optimizer, judges the arms and builds `best` from ingredients. It found AdamW's
 best rate for the norm gains a hundred times above where Muon's search had begun, so "refine" begins
-Muon's there too. "growth" asks whether the gain of `best` holds as models grow. A part that was
-stopped goes on from its tables below this folder; another commit, processor or corpus is refused.
-NorMuon, cautious decay, momentum warm-up, a power-law cool-down and averaged weights gained nothing
-and are gone from llmlib; the commit that the tables name has them.
+Muon's there too. "growth" asks whether the gain of `best` holds as models grow, "one_rate" what the
+winner's AdamW does with its one rate tuned. A part that was stopped goes on from its tables below
+this folder; another commit, processor or corpus is refused. (03_sizing is notebook 03 with
+parameters of its own.) NorMuon, cautious decay, momentum warm-up, a power-law cool-down and averaged
+weights gained nothing and are gone from llmlib; the commit that the tables name has them.
 """
 
 import argparse
@@ -176,7 +177,14 @@ def growth() -> None:
         part.train("growth", {f"{shape} {k}": v for k, v in found.items()}, (21, 22, 23))
 
 
+def one_rate() -> None:
+    """Tune the winner's recipe in its one rate, and judge it by the seeds of the other arms."""
+    part = Study("04_one_rate")
+    tuned = part.search(BASE.train, (("lr",),))
+    part.train(f"arms_{MAIN}", {"AdamW, one rate": shaped(MAIN, tuned)}, range(11, 16))
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("recipe", "refine", "growth"))
+    parser.add_argument("part", choices=("recipe", "refine", "growth", "one_rate"))
     globals()[parser.parse_args().part]()
