@@ -5,6 +5,7 @@ import re
 import pytest
 
 from llmlib import runs, sizing
+from llmlib.config import SCALES, override, recipe
 from llmlib.plan import make_plan
 
 
@@ -51,6 +52,16 @@ def test_a_card_without_a_datasheet_here_is_refused_by_name(gpu):
 def test_every_card_with_a_peak_has_a_memory():
     for name in sizing.PEAK_BF16_FLOPS_PER_S:
         assert sizing.datasheet_peak(name, sizing.MEMORY_GB) >= 24
+
+
+def test_readmes_table_of_cards_is_computed():
+    readme, a100 = (runs.ROOT / "README.md").read_text(), SCALES["a100"]
+    cards, sizes = re.findall(r"\| (?:card|micro-batch of) .*?((?:\| [\d /]+)+)\|", readme)
+    cards, sizes = (row.strip("| ").split(" | ") for row in (cards, sizes))
+    trains = [override(a100.train, **recipe(name, "a100")) for name in ("winner2024", "best")]
+    for gb, shown in zip(cards, sizes, strict=True):
+        fits = [sizing.fitting_micro_batch(a100.model, t, int(gb) * 1e9) for t in trains]
+        assert shown == " / ".join(map(str, fits)), gb
 
 
 def test_readmes_results_are_those_of_the_records():
