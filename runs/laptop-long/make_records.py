@@ -178,10 +178,11 @@ def growth() -> None:
 
 
 def one_rate() -> None:
-    """Tune the winner's recipe in its one rate, and judge it by the seeds of the other arms."""
-    part = Study("04_one_rate")
-    tuned = part.search(BASE.train, (("lr",),))
-    part.train(f"arms_{MAIN}", {"AdamW, one rate": shaped(MAIN, tuned)}, range(11, 16))
+    """Tune the winner's recipe in its one rate, and judge it beside AdamW with rates of its own."""
+    part, adamw = Study("04_one_rate"), config.recipe("adamw", "laptop")
+    arms = {"AdamW": config.override(BASE.train, **adamw), "winner2024": BASE.train}
+    arms["AdamW, one rate"] = part.search(BASE.train, (("lr",),))
+    part.train(f"one_rate_{MAIN}", {k: shaped(MAIN, v) for k, v in arms.items()}, range(11, 16))
 
 
 if __name__ == "__main__":
