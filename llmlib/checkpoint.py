@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from llmlib.runs import sync
+
 N_KEEP = 2  # newest ones
 
 
@@ -52,8 +54,7 @@ def write(folder: Path, step: int, packed: memoryview) -> None:
     try:
         with open(aside, "wb") as file:
             file.write(packed)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         os.replace(aside, final)
     finally:
         aside.unlink(missing_ok=True)

@@ -176,8 +176,7 @@ class Writer:
                 sha256.update(tokens)
                 n_bytes = len(text.encode())
                 domains[domain].update(documents=1, bytes=n_bytes, tokens=len(tokens))
-            file.flush()
-            os.fsync(file.fileno())
+            runs.sync(file)
         os.replace(temporary, self.record.path / name)
         n_tokens = sum(counts["tokens"] for counts in domains.values())
         marker = {"file": name, "n_tokens": n_tokens, "sha256": sha256.hexdigest()}

@@ -7,6 +7,7 @@ run or prepares tokens holds the lock of the folder. No torch here.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import filelock
 import matplotlib
@@ -34,14 +35,23 @@ REMEDY = "choose another run_name or runs_dir, or delete that folder."
 TAIL_BYTES = 20_000  # of a metrics file: enough for its newest rows
 
 
+def sync(file: IO) -> None:
+    """Bring what was written to the disk, where the file system can."""
+    file.flush()
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write to a temporary name, sync, rename: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
     os.replace(temporary, path)
 
 
@@ -62,8 +72,8 @@ def n_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     return n if spent in ("max", "-1") else min(n, math.ceil(int(spent) / int(period)))
 
 
-def environment() -> dict[str, Any]:
-    """Describe where a run happens: device, processor, memory, threads, versions, commit.
+def environment(folder: Path = ROOT) -> dict[str, Any]:
+    """Describe where a run in a folder happens: device, processor, memory, versions, commit.
 
     The processor's units decide its data type. A remark says what makes a measurement wrong.
     """
@@ -78,7 +88,11 @@ def environment() -> dict[str, Any]:
     installed = {package.name: package for package in metadata.distributions()}
     ours = installed["llmlib"].requires if "llmlib" in installed else []
     required = {re.match(r"[\w-]+", line)[0] for line in ours} & installed.keys()
-    remark = f"torch uses {threads} threads on {cores} cores; see OMP_NUM_THREADS."
+    remarks = [f"torch uses {threads} threads on {cores} cores; see OMP_NUM_THREADS."]
+    remarks, version = remarks * (threads != cores), torch.__version__
+    pinned = re.search(r"torch==([\d.]+)", " ".join(ours))
+    if pinned and version.split("+")[0] != pinned[1]:
+        remarks.append(f"torch {version} is loaded; llmlib was tested with {pinned[1]}.")
     return {
         "device": devices.device_name(),
         "n_devices": devices.n_accelerators() or 1,
@@ -88,13 +102,13 @@ def environment() -> dict[str, Any]:
         "n_cores": cores,
         "n_threads": threads,
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "file_system": subprocess.getoutput(f"stat -f -c %T '{ROOT}'"),
+        "file_system": subprocess.getoutput(f"stat -f -c %T '{folder}'"),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": version,
         "packages": {name: installed[name].version for name in sorted(required)},
         "commit": None if status else commit,
-        "remarks": [] if threads == cores else [remark],
+        "remarks": remarks,
     }
 
 
@@ -147,7 +161,8 @@ class Record:
                 hint = f" {over}" if read_result(path) else ""
                 raise ValueError(f"run {path.name} in {path.parent} {why}; {REMEDY}{hint}")
         else:
-            write_json(path / "environment.json", environment())
+            path.mkdir(parents=True, exist_ok=True)
+            write_json(path / "environment.json", environment(path))
             write_json(path / "config.json", here)
 
     def cached_table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:

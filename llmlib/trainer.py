@@ -6,7 +6,6 @@ the run ended.
 """
 
 import math
-import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -212,7 +211,7 @@ class Trainer:
             if self.config.keep_weights:
                 save_file(self.model.state_dict(), self.path / "model.safetensors")
                 with open(self.path / "model.safetensors", "rb") as file:
-                    os.fsync(file.fileno())
+                    runs.sync(file)
             runs.write_json(self.path / "result.json", result)  # it means done
             for name in ("checkpoints", "compiled"):  # for resumes only
                 shutil.rmtree(self.path / name, ignore_errors=True)

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import socket
@@ -54,6 +55,8 @@ def test_environment_has_facts_and_remarks_on_what_makes_a_measurement_wrong(mon
         monkeypatch.setattr(runs, "n_cores", lambda n=n_cores: n)
         found = runs.environment()
         assert (found["n_cores"], found["n_threads"], found["remarks"]) == (n_cores, 3, remarks)
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
+    assert runs.environment()["remarks"][-1].startswith("torch 2.6.0+cu124 is loaded; llmlib was")
     assert {"device", "processor", "commit", "file_system", "torch"} <= found.keys()
     assert found["ram_bytes"] > 2**28
     required = {"torch", "jupyter_client", "ipython", "pytest", "transformers"}
@@ -82,6 +85,15 @@ def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatc
     with pytest.raises(OSError, match="disk full"):
         runs.write_json(path, {"a": 2})
     assert runs.read_json(path) == {"a": 1}
+
+
+def test_a_file_system_that_cannot_sync_is_no_failure(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(runs.os, "fsync", refuse)
+    runs.write_json(tmp_path / "x.json", {"a": 1})
+    assert runs.read_json(tmp_path / "x.json") == {"a": 1}
 
 
 def test_run_is_what_was_asked_and_finds_its_tokens_after_a_move(tmp_path, smoke_tokens):
