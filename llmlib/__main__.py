@@ -7,17 +7,21 @@ Exit status: 0 done, 1 a notebook failed, 2 the request was wrong, 128 + signal 
 
 import argparse
 import ast
+import re
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import numpy as np
+import pandas as pd
 import papermill
 from papermill.exceptions import PapermillExecutionError
 
-from llmlib import inference, plan, runs
-from llmlib.config import SCALES
+from llmlib import devices, inference, runs, sizing
+from llmlib.config import SCALES, get_scale
+from llmlib.style import short_number
 
 NOTEBOOKS = runs.ROOT / "notebooks"
 ARMS = {  # of 05_full_run, which 06 compares: record -> parameters
@@ -25,6 +29,9 @@ ARMS = {  # of 05_full_run, which 06 compares: record -> parameters
     "05_winner2024": {"recipe": "winner2024"},
     "05_gpt2": {"recipe": "winner2024", "arch": "gpt2"},  # the organisers' baseline
 }
+MFU = np.array([0.4, 0.6])  # of the datasheet's peak: what models of 100 to 200 M are reported at
+TEXT_GB = {"DKYoon/SlimPajama-6B": (24, 12)}  # to download, and on disk as tokens
+DISK_BYTES = 2 * 12 + 4  # per parameter: two checkpoints, and the weights
 READERS = {"str": str, "int": int, "float": float}  # of a parameter's text, by its type
 
 
@@ -117,6 +124,47 @@ def sample(run: Path, prompt: str, n_new: int, temperature: float) -> None:
     print()
 
 
+def make_plan(scale: str, hours: float, gpu: str, runs_dir: str = "") -> pd.DataFrame:
+    """Tabulate what a run is and needs, and what of it is measured, computed or assumed.
+
+    Without a ``gpu`` ("A100 80GB") it takes the speed that 02_throughput measured, or an A100.
+    """
+    base, name = get_scale(scale), gpu or "A100"
+    n_params, per_token = sizing.count_params(base.model), sizing.flops_per_token(base.model)
+    done = runs.load_summary(runs.runs_folder(scale, runs_dir) / "02_throughput", {})
+    if done and not gpu:
+        speed, source = np.array([done["tokens_per_s"]]), "measured by 02_throughput"
+        size, why = done["micro_batch"]["micro_batch"], source
+    else:
+        peak, gb = sizing.datasheet_peak(name), sizing.datasheet_peak(name, sizing.MEMORY_GB)
+        if peak is None:
+            known = ", ".join(sizing.MEMORY_GB)
+            raise ValueError(f"gpu={name!r} is unknown; choose one of {known}, or 'A100 80GB'.")
+        if said := re.search(r"(\d+) ?GB", name):
+            gb = int(said[1])
+        speed, source = MFU * peak / per_token, f"assumed: {name}, 40 to 60 % of its peak"
+        size = sizing.fitting_micro_batch(base.model, base.train, gb * 1e9)
+        why = f"computed for {gb} GB in eager mode; compiled needs less"
+    tokens, per_step = speed * hours * 3600, base.train.n_sequences * base.model.seq_len
+    optima = pd.concat(sizing.published_optima(n * per_token) for n in tokens)
+    download, text = TEXT_GB.get(base.data.corpus, (0, 0))
+    rows = [
+        ("parameters", [n_params], "computed"),
+        ("micro-batch that fits [sequences]", [size], why),
+        ("speed [tokens/s]", speed, source),
+        ("tokens", tokens, "computed"),
+        ("steps", tokens / per_step, "computed"),
+        ("tokens per parameter", tokens / n_params, "computed"),
+        *((f"best size: {x}", n, "computed") for x, n in optima.groupby("source").n_params),
+        ("download [GB]", [download], "assumed"),
+        ("tokens on disk [GB]", [text], "assumed"),
+        ("checkpoints and weights on disk [GB]", [DISK_BYTES * n_params / 1e9], "computed"),
+    ]
+    rows = [(what, " to ".join(map(short_number, values)), how) for what, values, how in rows]
+    rows.append(("device that torch drives here", devices.device_name(), "measured"))
+    return pd.DataFrame(rows, columns=["quantity", "value", "known"])
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m llmlib", description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -136,10 +184,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("-n", type=int, default=200, dest="n_new", help="tokens to add at most")
     add("--temperature", type=float, default=0.8, help="0 takes the likeliest")
 
-    add = commands.add_parser(
-        "evaluate", help="score a model on held-out documents, as CSV"
-    ).add_argument
-    add("model", type=Path, help="a finished run, or a Hugging Face folder of a Llama or GPT-2")
+    add = commands.add_parser("evaluate", help="score a model on held-out text").add_argument
+    add("model", type=Path, help="a finished run, or a Hugging Face folder of a Llama")
     add("--tokens", type=Path, required=True, dest="tokens_dir", help="01_data_prep/tokens")
 
     add = commands.add_parser("export", help="write a run's model for Hugging Face").add_argument
@@ -162,7 +208,7 @@ def main(arguments: list[str] | None = None) -> int:
         "sample": sample,
         "evaluate": lambda **how: print(inference.score(**how).to_csv(index=False), end=""),
         "export": lambda **how: print(f"The model is in {inference.export(**how)}"),
-        "plan": lambda **how: print(plan.make_plan(**how).to_string(index=False)),
+        "plan": lambda **how: print(make_plan(**how).to_string(index=False)),
     }
 
     def stop(number: int, _: Any) -> None:

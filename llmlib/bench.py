@@ -33,7 +33,6 @@ from llmlib.inference import hf_model
 from llmlib.model import build_model
 from llmlib.optim import build_optimizer
 from llmlib.sizing import count_params, step_memory
-from llmlib.tokenizer import load_tokenizer
 
 DEEPER = {"smoke": (7, 32), "laptop": (5, 96), "a100": (20, 768)}  # layers and width: N as ours
 TURNS = {  # processes, rounds in each, and timed steps of each variant in a round
@@ -269,7 +268,7 @@ def _time_datasets_map(done: Path) -> float:
     import datasets
 
     datasets.disable_progress_bars()
-    encoding, manifest = load_tokenizer(done / "tokenizer.json"), data.load_manifest(done)
+    encoding, manifest = data.load_tokenizer(done / "tokenizer.json"), data.load_manifest(done)
 
     def texts() -> Iterator[dict]:
         for document in chain(*(data.documents(done, split) for split in manifest["splits"])):

@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.optim import Optimizer
 
 from llmlib.runs import sync
 
 N_KEEP = 2  # newest ones
 
 
-def pack(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-) -> memoryview:
+def pack(model: nn.Module, optimizer: Optimizer, state: dict[str, Any]) -> memoryview:
     """Copy weights, optimizer and state to bytes, where training cannot change them."""
     parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
     torch.save(parts, buffer := io.BytesIO())
     return buffer.getbuffer()
 
 
-def restore(model: torch.nn.Module, optimizer: torch.optim.Optimizer, path: Path) -> dict[str, Any]:
+def restore(model: nn.Module, optimizer: Optimizer, path: Path) -> dict[str, Any]:
     """Load a checkpoint into a model and its optimizer and return its state."""
     parts = torch.load(path, map_location="cpu", weights_only=True)
     model.load_state_dict(parts["model"])
@@ -71,9 +71,7 @@ class Saver:
         self.folder, self.pool = folder, ThreadPoolExecutor(1)
         self.pending: Future | None = None
 
-    def save(
-        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]
-    ) -> BaseException | None:
+    def save(self, model: nn.Module, optimizer: Optimizer, state: dict) -> BaseException | None:
         """Copy what is to be saved, written while training goes on; say what ``wait`` says."""
         failure = self.wait()  # memory for one copy is enough
         packed = pack(model, optimizer, state)

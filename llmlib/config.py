@@ -176,11 +176,7 @@ class TrainConfig:
 # seed at 16 M parameters with this vocabulary.
 RECIPES: dict[str, dict[str, Any]] = {"winner2024": {}, "adamw": {}, "best": {"optimizer": "muon"}}
 RATES: dict[str, dict[str, dict[str, float]]] = {
-    "winner2024": {
-        "smoke": {"lr": 3e-3},
-        "laptop": {"lr": 1e-3},
-        "a100": {"lr": 1.25e-3},
-    },
+    "winner2024": {"smoke": {"lr": 3e-3}, "laptop": {"lr": 1e-3}, "a100": {"lr": 1.25e-3}},
     "adamw": {
         "smoke": {"lr": 3e-3},
         "laptop": {"lr": 5e-4, "embed_lr": 0.02, "vector_lr": 0.256, "micro_batch": 4},
@@ -212,11 +208,7 @@ class Scale:
 SCALES = {
     "smoke": Scale(
         DataConfig(
-            corpus="stdlib",
-            tokenizer="bpe",
-            bpe_vocab_size=512,
-            n_tokens=200_000,
-            test_size=0.02,
+            corpus="stdlib", tokenizer="bpe", bpe_vocab_size=512, n_tokens=200_000, test_size=0.02
         ),
         llama_config(2, 64, d_head=32, vocab_size=512, seq_len=64),
         TrainConfig(
@@ -282,6 +274,4 @@ def with_micro_batch(train: TrainConfig, micro_batch: int | None) -> TrainConfig
     return replace(train, micro_batch=size, grad_accum=train.n_sequences // size)
 
 
-def to_json(config: Any) -> dict[str, Any]:
-    """Turn a config into what JSON can hold."""
-    return asdict(config)
+to_json = asdict  # what JSON can hold of a config

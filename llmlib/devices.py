@@ -131,12 +131,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and says_so is not None
 
 
-def empty_cache() -> None:
-    """Give back the memory that torch keeps for tensors to come, if it keeps any."""
-    if accelerator():
-        torch.accelerator.empty_cache()
-
-
 def compile_model(model: nn.Module, device: torch.device) -> nn.Module:
     """Compile without graph breaks, where the type of device can; the first step does the work."""
     compiles = ABILITIES[device.type].compiles

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from llmlib import analysis, data, devices, runs
 from llmlib.config import ModelConfig
+from llmlib.data import END_OF_TEXT, load_tokenizer
 from llmlib.model import LanguageModel, build_model
 from llmlib.step import evaluate
-from llmlib.tokenizer import END_OF_TEXT, load_tokenizer
 
 CARD = """---
 library_name: transformers
@@ -74,7 +74,7 @@ def generate(
     tokens = list(tokens) or [encoding.eot_token]
     unread, caches = tokens[-seq_len:], model.new_caches()
     for _ in range(n_new):
-        if caches[0].n_tokens + len(unread) > seq_len:
+        if caches[0][0].size(2) + len(unread) > seq_len:
             unread, caches = tokens[-max(1, seq_len // 2) :], model.new_caches()
         logits = model.next_logits(torch.tensor([unread], device=device), caches)[0]
         chances = next_chances(logits[: encoding.n_vocab].float(), temperature, top_k)

@@ -160,10 +160,10 @@ def advice_in_time(
 def _by_surface(points: pd.DataFrame, sizes: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
     """Return the surface's best size with its interval, or a note that says why it is refused."""
     try:
-        fit = fit_loss_surface(points.n_params, points.n_tokens, points.loss, n_bootstrap=100)
+        fit = fit_loss_surface(points.n_params, points.n_tokens, points.loss, n_samples=100)
     except ValueError as error:
         return {"note": f"refused: {error}"}
-    losses = [surface.loss(sizes, tokens) for surface in (fit.surface, fit.samples)]
+    losses = [surface.loss(sizes, tokens) for surface in (fit, fit.samples)]
     e_width = np.ptp(np.quantile(fit.samples.E, [0.05, 0.95]))
     if e_width > WIDEST_E:
         return {"note": f"refused: E's interval spans {e_width:.1f} nats"}

@@ -18,7 +18,7 @@ from typing import Any
 from IPython.display import DisplayHandle, display
 from tqdm import tqdm
 
-from llmlib import analysis, devices, panels, plots, runs
+from llmlib import analysis, devices, plots, runs
 
 POLL_SECONDS = 0.5
 OFTEN = {"mininterval": 5.0, "miniters": 0}  # of what is shown
@@ -53,7 +53,7 @@ def run_training(run: Path, *, n_processes: int | None = None) -> dict[str, Any]
     log, processes, curve = run / "train.log", [], None
     n_seen = log.stat().st_size if log.exists() else 0
     if runs.read_result(run) is None:
-        curve = display({}, raw=True, display_id=True) if panels.is_attended() else None
+        curve = display({}, raw=True, display_id=True) if plots.is_attended() else None
         processes = [start([run], n_processes=n_processes or devices.n_accelerators() or 1)]
     what, looks = "starting (the first step compiles)", "{percentage:3.0f}% {bar:20} {desc}"
     with tqdm(desc=what, total=1.0, bar_format=looks, **OFTEN) as bar:

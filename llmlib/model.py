@@ -16,21 +16,7 @@ from torch import Tensor, nn
 
 from llmlib.config import LOGITS_AT_ONCE, ModelConfig
 
-
-class Cache:
-    """Keys and values (2, 1, H, T, d_head) of the T tokens that one layer has read."""
-
-    def __init__(self, config: ModelConfig, like: Tensor):
-        self.pair = like.new_empty(2, 1, config.n_head, 0, config.d_head)
-
-    @property
-    def n_tokens(self) -> int:
-        return self.pair.size(3)
-
-    def extend(self, k: Tensor, v: Tensor) -> Tensor:
-        """Append keys and values (1, H, T, d_head); return those of all tokens read."""
-        self.pair = torch.cat((self.pair, torch.stack((k, v))), dim=3)
-        return self.pair
+Cache = list[Tensor]  # keys and values (1, H, T, d_head) of the T tokens that a layer has read
 
 
 class LanguageModel(nn.Module):
@@ -54,7 +40,7 @@ class LanguageModel(nn.Module):
 
         With caches (B = 1), the tokens follow those read before, and join them.
         """
-        start = caches[0].n_tokens if caches else 0
+        start = caches[0][0].size(2) if caches else 0
         here = slice(start, start + tokens.size(1))
         x, rope = self.embed_tokens(tokens), None
         if self.config.arch == "llama":
@@ -78,7 +64,8 @@ class LanguageModel(nn.Module):
 
     def new_caches(self) -> list[Cache]:
         """Make one empty cache per layer, for a model that writes text."""
-        return [Cache(self.config, self.embed_tokens.weight) for _ in self.layers]
+        like, config = self.embed_tokens.weight, self.config
+        return [2 * [like.new_empty(1, config.n_head, 0, config.d_head)] for _ in self.layers]
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -139,7 +126,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None) -> Tensor:
     """Causal attention (B, H, T, d_head): a token sees itself and all before it, cached or not."""
     if cache is None:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    k, v = cache.extend(k, v)
+    cache[:] = k, v = torch.cat((cache[0], k), 2), torch.cat((cache[1], v), 2)
     n_new, n = q.size(2), k.size(2)
     sees = torch.ones(n_new, n, dtype=torch.bool, device=q.device).tril(n - n_new)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=sees)

@@ -50,12 +50,6 @@ def build_optimizer(
     return Sophia(groups, config.lr, config.betas, config.rho * 5120 / tokens_per_step)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set the learning rate of every group to a share of its peak."""
-    for group in optimizer.param_groups:
-        group["lr"] = factor * group["peak_lr"]
-
-
 class Muon(torch.optim.AdamW):
     """Muon for the first group, the hidden matrices, AdamW for the others (K. Jordan 2024).
 

@@ -1,32 +1,23 @@
 """The figures: one function per figure, data in, figure out. No torch.
 
 A title names what is shown; it states a finding only where the caller, who knows the noise, passes
-one. What all figures share is in ``style``.
+one. What all figures share is in ``style``. Two figures have controls where somebody sits in
+JupyterLab.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from itertools import cycle
 from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from IPython import get_ipython
 from matplotlib.figure import Figure
 
 from llmlib import analysis, sizing
-from llmlib.style import (
-    BLACK,
-    BLUE,
-    DOTTED,
-    ORANGE,
-    SKY,
-    limit_y,
-    literal,
-    looks,
-    short_number,
-    spread,
-    styled,
-)
+from llmlib.style import BLUE, DOTTED, ORANGE, limit_y, literal, looks, short_number, spread, styled
 
 N_DOMAINS = 15  # of a corpus that are shown
 POINTS = {  # kinds of rows that no line joins
@@ -88,12 +79,12 @@ def iso_time(figure: Figure, points: pd.DataFrame, optima: pd.DataFrame, marks: 
     stand = optima.dropna(subset="n_params")
     for row in stand.itertuples():
         far = np.linspace(-1, 1) * np.log(4)
-        line = {"color": BLACK, "linewidth": 0.7, "linestyle": "-", "marker": ""}
+        line = {"color": "black", "linewidth": 0.7, "linestyle": "-", "marker": ""}
         axes.plot(row.n_params * np.exp(far), row.loss + row.curvature * far**2, **line)
     bars = {"xerr": spread(stand, "n_params"), "fmt": "D--", "color": ORANGE, "capsize": 3}
     axes.errorbar(stand.n_params, stand.loss, zorder=3, label="fitted minimum, 90 %", **bars)
     for (name, n_params), style in zip(marks.items(), (":", "-."), strict=False):
-        axes.axvline(n_params, color=BLACK, linestyle=style, linewidth=1, label=name)
+        axes.axvline(n_params, color="black", linestyle=style, linewidth=1, label=name)
     axes.set(xscale="log", xlabel=LABELS["n_params"], ylabel=LABELS["val_loss"])
     limit_y(axes, points.loss)
     axes.set(title="Loss by size for equal training time")
@@ -119,11 +110,9 @@ def predicted_loss(figure: Figure, points: pd.DataFrame) -> None:
     """Show what all times but the longest predict for every run against what it measured."""
     axes, last = figure.subplots(), points[points.seconds == points.seconds.max()]
     for seconds, look in _looks_by_time(points).items():
-        part, fill = (
-            points[points.seconds == seconds],
-            "none" if seconds in [*last.seconds] else "full",
-        )
-        axes.plot(part.loss, part.predicted, label=f"{seconds:g} s", fillstyle=fill, **look)
+        part = points[points.seconds == seconds]
+        look["fillstyle"] = "none" if seconds == points.seconds.max() else "full"
+        axes.plot(part.loss, part.predicted, label=f"{seconds:g} s", **look)
     for size, row in last.groupby("n_params")[["loss", "predicted"]].mean().iterrows():
         axes.annotate(short_number(size), row, xytext=(6, -10), textcoords="offset points")
     axes.axline((points.loss.min(),) * 2, slope=1, **DOTTED)
@@ -144,7 +133,7 @@ def rate_grids(figure: Figure, table: pd.DataFrame, noise: float) -> None:
         for optimizer, part in table[table.setting == name].groupby("optimizer", sort=False):
             axes.plot(part.factor, part.gap, label=optimizer, **look[optimizer])
             if part.is_edge.any():
-                axes.plot(1, 0, "o", color=BLACK, markersize=12, fillstyle="none")
+                axes.plot(1, 0, "o", color="black", markersize=12, fillstyle="none")
         axes.axhspan(0, noise, color="#DDDDDD", zorder=0)
         axes.set(xscale="log", xlabel="Rate / best rate", title=f"Rate of the {title}")
         axes.set(ylim=(-0.02, 0.5), xticks=sorted(table[table.setting == name].factor.unique()))
@@ -161,11 +150,10 @@ def arms(figure: Figure, table: pd.DataFrame) -> None:
     for place, own in enumerate(map(losses.get, names)):
         seeds = place + np.linspace(-0.2, 0.2, len(own))
         axes.plot(own, seeds, "o", color=BLUE, markersize=4)
-        axes.plot(own.mean(), place, "|", markersize=18, color=BLACK)
+        axes.plot(own.mean(), place, "|", markersize=18, color="black")
         axes.barh(place, 2 * own.std(), 0.7, own.mean() - own.std(), color="#DDDDDD", zorder=0)
     axes.set_yticks(range(len(names)), [literal(name) for name in names])
     axes.set(xlabel=LABELS["val_loss"], title="Equal time: seeds, mean and standard deviation")
-    axes.margins(x=0.05)
     axes.grid(axis="y", visible=False)
 
 
@@ -184,7 +172,7 @@ def gains(figure: Figure, panels: dict[str, pd.DataFrame]) -> None:
             both = [part.difference - part.low, part.high - part.difference]
             bars = {"xerr": both, "capsize": 2, "label": shape}
             axes.errorbar(part.difference, places, **(look[shape] | {"linestyle": ""}), **bars)
-        axes.axvline(0, color=BLACK, linewidth=1)
+        axes.axvline(0, color="black", linewidth=1)
         axes.set_yticks(range(len(order)), [literal(name) for name in order])
         axes.set(title=title, ylim=(-0.6, len(order) - 0.4))
         axes.grid(axis="y", visible=False)
@@ -212,7 +200,7 @@ def training_curve(figure: Figure, curve: pd.DataFrame, final_loss: float | None
     figure.set_figheight(5.6)
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[4, 1, 1])
     blue = {"color": BLUE, "linestyle": "-", "marker": ""}
-    pale, dashed = (blue | {"color": SKY}), {"color": ORANGE, "linestyle": "--", "marker": "s"}
+    pale, dashed = blue | {"color": "#56B4E9"}, {"color": ORANGE, "linestyle": "--", "marker": "s"}
     top.plot(steps.seconds, steps.loss, linewidth=0.6, label="training, steps", **pale)
     top.plot(steps.seconds, steps.smoothed, label="training, smoothed", **blue)
     top.plot(evals.seconds, evals.val_loss, label="validation", **dashed)
@@ -291,3 +279,42 @@ def published_loss(figure: Figure, hours: float, flops_per_s: float, ratio: floa
     axes.axvline(sizing.params_at_ratio(flops, ratio), label=f"{ratio:.3g} to 1", **DOTTED)
     axes.set(xscale="log", xlabel=LABELS["n_params"], ylabel="Loss [nats/token]")
     axes.set(title=f"Published fits, {hours:.3g} h at {flops_per_s / 1e12:.3g} TFLOP/s")
+
+
+def is_attended() -> bool:
+    """Say whether a person sits at the front end that runs this cell.
+
+    A front end in which a person can answer a kernel says so with every cell it sends
+    (``allow_stdin`` in Jupyter's messaging protocol); papermill says that nobody can.
+    """
+    parent = getattr(get_ipython(), "get_parent", dict)()
+    return parent.get("content", {}).get("allow_stdin", False)
+
+
+def _panel(draw: Callable[..., Figure], **controls: Any) -> Any:
+    """Show what ``draw`` makes of controls, beginning at its defaults, or that first figure alone."""
+    if not (is_attended() and find_spec("ipywidgets")):
+        return draw()
+    from ipywidgets import interactive
+
+    return interactive(draw, {"auto_display": True}, **controls)
+
+
+def curve_panel(curves: dict[str, pd.DataFrame], smoothing: float) -> Any:
+    """Explore curves by smoothing [share of a run's steps] and x axis."""
+
+    def draw(smoothing: float = smoothing, axis: str = "all") -> Figure:
+        shown = {name: analysis.smooth(curve, smoothing) for name, curve in curves.items()}
+        return compare_curves(shown, analysis.AXES if axis == "all" else [axis])
+
+    return _panel(draw, smoothing=(0.001, 0.3, 0.001), axis=["all", *analysis.AXES])
+
+
+def sizing_panel(hours: float, flops_per_s: dict[str, float]) -> Any:
+    """Explore ``published_loss`` by budget, device (name: achieved FLOP/s) and ratio."""
+    devices, limits = list(flops_per_s), (0.01, max(24.0, hours), 0.01)
+
+    def draw(hours: float = hours, device: str = devices[0], ratio: float = 20.0) -> Figure:
+        return published_loss(hours, flops_per_s[device], ratio)
+
+    return _panel(draw, hours=limits, device=devices, ratio=(1.0, 100.0))

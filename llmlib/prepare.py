@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from llmlib import corpus, data, runs, tokenizer
+from llmlib import corpus, data, runs
 from llmlib.config import DataConfig, to_json
 from llmlib.corpus import Corpus, Shard
 from llmlib.readers import NOT_UTF8, Document
@@ -56,12 +56,12 @@ def _write_tokens(config: DataConfig, record: runs.Record) -> Marker:
     if not (path := record.path / "tokenizer.json").exists():
         if config.tokenizer == "bpe":
             sample = _sample(texts, is_heldout)
-            encoding = tokenizer.train_bpe(sample, config.bpe_vocab_size)
+            encoding = data.train_bpe(sample, config.bpe_vocab_size)
         else:
-            encoding = tokenizer.load_tiktoken(config.tokenizer)
-        runs.write_atomic(path, tokenizer.save_tokenizer(encoding))
-    encoding = tokenizer.load_tokenizer(path)
-    writer = Writer(tokenizer.DocumentEncoder(encoding), record)
+            encoding = data.load_tiktoken(config.tokenizer)
+        runs.write_atomic(path, data.save_tokenizer(encoding))
+    encoding = data.load_tokenizer(path)
+    writer = Writer(data.DocumentEncoder(encoding), record)
     train = writer.write_split(texts.train, is_heldout, config.n_tokens or math.inf)
     official = {name: writer.write_split(shards) for name, shards in texts.official.items()}
     val = writer.gather(train, order)
@@ -82,7 +82,7 @@ def _write_tokens(config: DataConfig, record: runs.Record) -> Marker:
     )
     return {
         "source": source | {"config": to_json(config), "heldout": how},
-        "tokenizer": tokenizer.describe(encoding),
+        "tokenizer": data.describe(encoding),
         "dtype": writer.encoder.dtype.str,
         "n_tokens": n_tokens,
         "splits": {"train": train, "val": [val], **official},
@@ -122,7 +122,7 @@ def _sample(texts: Corpus, is_heldout: IsHeldout) -> Iterator[str]:
 class Writer:
     """Turn shards into token files, in order, on all cores."""
 
-    encoder: tokenizer.DocumentEncoder
+    encoder: data.DocumentEncoder
     record: runs.Record
 
     def write_split(

@@ -7,7 +7,6 @@ Besiroglu et al. 2024 (arXiv:2404.10102) set right. The optimum in time is in ``
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -27,25 +26,16 @@ MEMORY_GB |= {"RTX 3090": 24, "RTX 4090": 24}
 WRITE_UP = {110e6: 3.134, 138e6: 3.125, 166e6: 3.123, 180e6: 3.104}  # N: loss, 3 hours of an A100
 OTHER_CHIPS = {"MIG", "NVL", "Laptop", "D", "Ti", "SUPER"}  # share a name, not a peak
 # Of a hidden parameter: what the optimizer keeps, and what it needs besides while it steps [bytes].
-OPTIMIZER_BYTES = {
-    "adamw": (8, 0),
-    "muon": (4, 8),
-    "sophia": (8, 9),
-    "sophia_writeup": (8, 9),
-}
+OPTIMIZER_BYTES = {"adamw": (8, 0), "muon": (4, 8), "sophia": (8, 9), "sophia_writeup": (8, 9)}
 HUBER_DELTA = 1e-3  # on log loss, summed over points: both papers
 MAX_EXPONENT = 5.0  # of the fit
 
 
 def datasheet_peak(device_name: str, table: dict = PEAK_BF16_FLOPS_PER_S) -> float | None:
     """Look up a GPU's dense bf16 peak by the name its driver gives [FLOP/s], None if unknown."""
-    words = device_name.replace("-", " ").split()
-    if OTHER_CHIPS & set(words):
-        return None
-    for name in sorted(table, key=len, reverse=True):
-        if set(name.split()) <= set(words):
-            return table[name]
-    return None
+    words = set(device_name.replace("-", " ").split())
+    known = [name for name in table if set(name.split()) <= words and not OTHER_CHIPS & words]
+    return table[max(known, key=len)] if known else None
 
 
 def count_params(config: ModelConfig, *, embeddings: bool = True) -> int:
@@ -127,6 +117,7 @@ class LossSurface:
     B: float
     alpha: float
     beta: float
+    samples: "LossSurface | None" = None  # of a fit: constants (n, 1), fitted to resampled points
 
     def loss(self, n_params: ArrayLike, n_tokens: ArrayLike) -> np.ndarray:
         """Return the loss [nats/token] at N and D, which are broadcast."""
@@ -154,22 +145,10 @@ def published_optima(flops: float) -> pd.DataFrame:
     return table.assign(tokens_per_parameter=table.n_tokens / table.n_params)
 
 
-class SurfaceFit(NamedTuple):
-    """A fitted surface, and one surface for each bootstrap sample (constants of shape (n, 1))."""
-
-    surface: LossSurface
-    samples: LossSurface
-
-
 def fit_loss_surface(
-    n_params: ArrayLike,
-    n_tokens: ArrayLike,
-    loss: ArrayLike,
-    *,
-    n_bootstrap: int = 0,
-    seed: int = 0,
-) -> SurfaceFit:
-    """Fit the surface to measured losses, and again to resamples of the points."""
+    n_params: ArrayLike, n_tokens: ArrayLike, loss: ArrayLike, *, n_samples: int = 0, seed: int = 0
+) -> LossSurface:
+    """Fit the surface to measured losses, and to ``n_samples`` resamples of the points."""
     points = np.array([n_params, n_tokens, loss], float)
     n_each = min(len(np.unique(p)) for p in points[:2])
     if not (points > 0).all() or len(np.unique(points[:2], axis=1).T) < 6 or n_each < 3:
@@ -182,11 +161,10 @@ def fit_loss_surface(
     starts = [[points[2].min() / 3] * 3 + [exponent] * 2 for exponent in (0.1, 0.4, 1.2)]
     best = min((_minimise(points, start) for start in starts), key=lambda fit: fit.cost).x
     rng, n = np.random.default_rng(seed), points.shape[1]
-    draws = [_minimise(points[:, rng.integers(n, size=n)], best).x for _ in range(n_bootstrap)]
+    draws = [_minimise(points[:, rng.integers(n, size=n)], best).x for _ in range(n_samples)]
     constants = np.array([best, *draws]).T[:, :, None]
     constants[1:3] *= centre[:, None] ** constants[3:]  # A and B at the centre, to those at 1
-    first, samples = constants[:, 0, 0], constants[:, 1:]
-    return SurfaceFit(LossSurface(*first.tolist()), LossSurface(*samples))
+    return LossSurface(*constants[:, 0, 0].tolist(), LossSurface(*constants[:, 1:]))
 
 
 def _minimise(points: np.ndarray, start: ArrayLike) -> OptimizeResult:

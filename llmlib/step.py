@@ -15,11 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from llmlib import devices
 from llmlib.devices import autocast
-from llmlib.optim import set_lr
 
 EVAL_BATCH = 4  # windows; the logits of one at a time are in memory
-
-# ------------------------------------------------------------------------- processes
 
 
 def join_processes() -> None:
@@ -61,9 +58,6 @@ def average_gradients(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model) if world_size() > 1 else model
 
 
-# ------------------------------------------------------------------------- the step
-
-
 def train_step(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -80,7 +74,8 @@ def train_step(
     Returns the mean loss before the step [nats/token] and the gradient norm before clipping, as a
     tensor (2,) on the device. If either is not finite, the step is taken with a gradient of zero.
     """
-    set_lr(optimizer, lr_factor)
+    for group in optimizer.param_groups:
+        group["lr"] = lr_factor * group["peak_lr"]
     if getattr(optimizer, "hessian_is_due", False):
         with autocast(inputs.device, dtype):
             optimizer.estimate_hessian(model, inputs[:micro_batch])

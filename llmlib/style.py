@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 STYLE = Path(__file__).with_suffix(".mplstyle")
-BLUE, ORANGE, SKY, BLACK = "#0072B2", "#D55E00", "#56B4E9", "#000000"
-DOTTED = {"color": BLACK, "linestyle": ":", "linewidth": 1}
+BLUE, ORANGE = "#0072B2", "#D55E00"
+DOTTED = {"color": "black", "linestyle": ":", "linewidth": 1}
 
 
 def styled(draw: Callable[..., None]) -> Callable[..., Figure]:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -72,8 +73,6 @@ class Trainer:
         self.log = runs.MetricLog(path, config.tracker)
         self.is_warm = False  # the first step has been taken, and has compiled
         self.n_bad_in_a_row = 0
-
-    # ------------------------------------------------------------------ the algorithm
 
     def run(self) -> dict[str, Any]:
         """Train until the budget is spent and return the result."""
@@ -159,7 +158,8 @@ class Trainer:
             # Outside of the handler, which keeps what did not fit alive.
             self.is_warm = False  # the new shape is compiled
             self.optimizer.zero_grad()
-            devices.empty_cache()
+            if devices.accelerator():
+                torch.accelerator.empty_cache()
             self.event(change)
 
     def _go_back(self) -> None:
@@ -233,8 +233,6 @@ class Trainer:
         self.is_compiled = model is not self.model
         return step.average_gradients(model)
 
-    # ------------------------------------------------------------------ checkpoints and the clock
-
     def _begin_or_resume(self) -> None:
         newest = checkpoint.newest_valid(self.saver.folder)
         if newest:
@@ -274,8 +272,6 @@ class Trainer:
         self.budget.book("checkpoint")
         self.save_at = self.budget.total + 60 * self.config.checkpoint_minutes
         return failure and f"the checkpoint could not be saved ({failure}; is the disk full?)"
-
-    # ------------------------------------------------------------------ the record
 
     def _summary(self) -> dict[str, Any]:
         """Say what the run was and did, but for its final scores."""

@@ -38,13 +38,13 @@ def smoke_tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def gpt2(monkeypatch: pytest.MonkeyPatch) -> tiktoken.Encoding:
     """GPT-2's encoding, where a checkout has its vocabulary."""
-    from llmlib import tokenizer
+    from llmlib import data
 
     cache = runs.ROOT.parent / "shared" / "tiktoken-cache"
     if not cache.exists():
         pytest.skip("GPT-2's vocabulary is not at hand")
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
-    return tokenizer.load_tiktoken("gpt2")
+    return data.load_tiktoken("gpt2")
 
 
 @pytest.fixture

@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from llmlib import data, devices, inference, runs
 from llmlib.config import llama_config, resize
+from llmlib.data import END_OF_TEXT, save_tokenizer, train_bpe
 from llmlib.inference import continue_text, export, generate, load_run, next_chances, score
 from llmlib.model import build_model
 from llmlib.tests.conftest import SMOKE
-from llmlib.tokenizer import END_OF_TEXT, save_tokenizer, train_bpe
 
 transformers = pytest.importorskip("transformers")
 

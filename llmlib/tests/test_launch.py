@@ -10,7 +10,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from llmlib import launch, panels, runs
+from llmlib import launch, plots, runs
 from llmlib.config import override
 from llmlib.tests.conftest import FP32, newest_checkpoint
 
@@ -20,7 +20,7 @@ SHORT = override(FP32, budget_steps=5, eval_all=False)
 
 def test_notebook_sees_one_bar_and_one_curve_updated_in_place(make_run, monkeypatch, capsys):
     run, drawn = make_run(SHORT), []
-    monkeypatch.setattr(panels, "is_attended", lambda: True)
+    monkeypatch.setattr(plots, "is_attended", lambda: True)
     monkeypatch.setattr(launch, "display", lambda *_, **__: SimpleNamespace(update=drawn.append))
     monkeypatch.setitem(launch.OFTEN, "mininterval", 0.0)
     result = launch.run_training(run)

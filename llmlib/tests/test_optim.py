@@ -11,13 +11,18 @@ from torch.utils._pytree import tree_leaves
 from llmlib import checkpoint, optim
 from llmlib.config import OPTIMIZERS, ModelConfig, TrainConfig, resize
 from llmlib.model import build_model
-from llmlib.optim import Sophia, build_optimizer, orthogonalize, set_lr
+from llmlib.optim import Sophia, build_optimizer, orthogonalize
 from llmlib.step import autocast, train_step
 
 SHAPE = {"vocab_size": 64, "seq_len": 16, "n_layer": 2, "n_head": 2, "d_model": 16}
 LLAMA = ModelConfig(d_ff=32, **SHAPE)
 MODELS = {"llama": LLAMA, "gpt2": resize(LLAMA, arch="gpt2", d_model=16)}
 SETTINGS = {"micro_batch": 2, "grad_accum": 2, "lr": 3e-3, "betas": (0.9, 0.95)}
+
+
+def set_lr(optimizer, factor):
+    for group in optimizer.param_groups:
+        group["lr"] = factor * group["peak_lr"]
 
 
 def build(optimizer, arch="llama", seed=1, dtype=torch.float32, **settings):

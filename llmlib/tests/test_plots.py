@@ -3,7 +3,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from llmlib import analysis, panels, plots, style
+from llmlib import analysis, plots, style
 
 nan = np.nan
 DOMAINS = pd.DataFrame({"domain": ["a", "b"], "tokens": [9, 1], "share": [0.9, 0.1]})
@@ -149,10 +149,10 @@ def test_numbers_read_short(value, text):
 
 def test_panels_are_plain_figures_until_somebody_can_touch_them(monkeypatch):
     def both():
-        return panels.curve_panel({"one": CURVE}, 0.1), panels.sizing_panel(3.0, {"here": 1e12})
+        return plots.curve_panel({"one": CURVE}, 0.1), plots.sizing_panel(3.0, {"here": 1e12})
 
     assert all(isinstance(panel, plt.Figure) for panel in both())
-    monkeypatch.setattr(panels, "is_attended", lambda: True)
+    monkeypatch.setattr(plots, "is_attended", lambda: True)
     pytest.importorskip("ipywidgets")
     curves, sizes = both()
     assert (len(curves.children), len(sizes.children)) == (3, 4)  # controls and the figure

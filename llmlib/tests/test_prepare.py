@@ -15,8 +15,8 @@ import pytest
 from llmlib import analysis, corpus, data, prepare, runs
 from llmlib.config import DataConfig, to_json
 from llmlib.corpus import Corpus
+from llmlib.data import load_tokenizer
 from llmlib.tests.hub_server import layout, peak_kib, texts, write
-from llmlib.tokenizer import load_tokenizer
 
 
 def _config(folder: Path, **settings: object) -> DataConfig:

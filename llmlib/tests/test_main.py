@@ -5,8 +5,8 @@ import re
 import pytest
 
 from llmlib import runs, sizing
+from llmlib.__main__ import make_plan
 from llmlib.config import SCALES, override, recipe
-from llmlib.plan import make_plan
 
 
 def test_three_hours_of_an_a100_by_hand():
