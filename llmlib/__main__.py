@@ -31,7 +31,7 @@ ARMS = {  # of 05_full_run, which 06 compares: record -> parameters
 }
 MFU = np.array([0.4, 0.6])  # of the datasheet's peak: what models of 100 to 200 M are reported at
 TEXT_GB = {"DKYoon/SlimPajama-6B": (24, 12)}  # to download, and on disk as tokens
-DISK_BYTES = 2 * 12 + 4  # per parameter: two checkpoints, and the weights
+DISK_BYTES = 3 * 12  # per parameter: two checkpoints, and the next as it is written
 READERS = {"str": str, "int": int, "float": float}  # of a parameter's text, by its type
 
 
@@ -158,7 +158,7 @@ def make_plan(scale: str, hours: float, gpu: str, runs_dir: str = "") -> pd.Data
         *((f"best size: {x}", n, "computed") for x, n in optima.groupby("source").n_params),
         ("download [GB]", [download], "assumed"),
         ("tokens on disk [GB]", [text], "assumed"),
-        ("checkpoints and weights on disk [GB]", [DISK_BYTES * n_params / 1e9], "computed"),
+        ("checkpoints on disk [GB]", [DISK_BYTES * n_params / 1e9], "computed"),
     ]
     rows = [(what, " to ".join(map(short_number, values)), how) for what, values, how in rows]
     rows.append(("device that torch drives here", devices.device_name(), "measured"))

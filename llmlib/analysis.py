@@ -21,6 +21,8 @@ from llmlib.config import ModelConfig
 from llmlib.sizing import flops_per_token
 
 AXES = ("tokens", "seconds", "flops")
+RESULTS = ["run", "arch", "optimizer", "parameters", "tokens", "seconds", "loss", "perplexity"]
+RESULTS += ["accuracy", "bits_per_byte", "val_sha256"]
 CURVE_COLUMNS = ["kind", "step", *AXES, "loss", "val_loss", "lr", "grad_norm"]
 NAMES = {  # ours: theirs, in lower case and with "/" and " " as "_"
     "step": ("step", "_step", "global_step", "trainer_global_step", "iter", "s"),
@@ -32,7 +34,6 @@ NAMES = {  # ours: theirs, in lower case and with "/" and " " as "_"
     "lr": ("lr", "learning_rate", "train_lr"),
     "grad_norm": ("grad_norm", "norm"),
 }
-KNOWN = {theirs: ours for ours, names in NAMES.items() for theirs in names}
 LINE = re.compile(r"^\s*(?:step|iter|s)[: ]\s*(\d+)(?:/\d+)?\b(.*)")
 PAIR = re.compile(r"(train loss|val[_ ]loss|loss|tel|trl|train_time|lr|norm)[: ]\s*([-+.\de]+)")
 
@@ -95,7 +96,8 @@ def tokens_per_byte(split: list[dict[str, Any]]) -> float:
 def domain_table(split: list[dict[str, Any]]) -> pd.DataFrame:
     """Count documents, bytes and tokens per domain over a split of a token manifest."""
     rows = [{"domain": d} | counts for shard in split for d, counts in shard["domains"].items()]
-    table = pd.DataFrame(rows).groupby("domain", as_index=False).sum()
+    table = pd.DataFrame(rows, columns=["domain", "documents", "bytes", "tokens"])
+    table = table.groupby("domain", as_index=False).sum()
     table["share"] = table.tokens / table.tokens.sum()
     table["bytes_per_token"] = table.bytes / table.tokens
     return table.sort_values("tokens", ascending=False, ignore_index=True)
@@ -156,7 +158,7 @@ def results_table(found: dict[str, Path]) -> pd.DataFrame:
             ratio = config["data"].get("val_tokens_per_byte", math.nan)
             row["bits_per_byte"] = bits_per_byte(val["loss"], ratio)
             rows.append(row | {"val_sha256": result["val_sha256"][:8]})
-    return pd.DataFrame(sorted(rows, key=lambda row: row["loss"]))
+    return pd.DataFrame(sorted(rows, key=lambda row: row["loss"]), columns=RESULTS)
 
 
 def load_curves(*folders: Path) -> tuple[dict[str, pd.DataFrame], list[str]]:
@@ -171,7 +173,7 @@ def load_curves(*folders: Path) -> tuple[dict[str, pd.DataFrame], list[str]]:
         try:
             for run, rows in read_runs(path).items():
                 curves[f"{name}: {run}" if run else name] = to_curve(rows)
-        except (ValueError, KeyError, TypeError, csv.Error) as error:
+        except (ValueError, LookupError, TypeError, OSError, csv.Error) as error:
             skipped.append(f"{name} was not read: {f'{error}'.splitlines()[0]}")
     return curves, skipped
 
@@ -207,7 +209,9 @@ def to_curve(rows: pd.DataFrame) -> pd.DataFrame:
 
     What ``evaluate`` printed is a score, which knows no axis.
     """
-    names = {KNOWN.get(re.sub("[/ ]", "_", str(name).lower())): name for name in rows}
+    theirs = {re.sub("[/ ]", "_", str(name).lower()): name for name in rows}
+    first = {ours: next(filter(theirs.get, known), None) for ours, known in NAMES.items()}
+    names = {ours: theirs[known] for ours, known in first.items() if known}
     if "val_sha256" in rows and "step" not in names:  # written by ``python -m llmlib evaluate``
         return rows.assign(kind="score", val_loss=rows.loss).reindex(columns=CURVE_COLUMNS)
     if "step" not in names or not {"loss", "val_loss"} & names.keys():

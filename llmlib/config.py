@@ -1,6 +1,6 @@
 """What a run is made of: frozen dataclasses, three scales, two recipes, JSON in and out.
 
-Every value is checked when its dataclass is built, so a mistake costs a second and not an hour.
+Values are checked when a dataclass is built, so a mistake costs a second and not an hour.
 How the numbers are used is the business of the other modules; nothing here imports torch.
 """
 
@@ -21,8 +21,9 @@ def _one_of(name: str, value: Any, known: Any) -> None:
 
 def _share(owner: object, *names: str) -> None:
     for name in names:
-        if not 0 <= getattr(owner, name) < 1:
-            raise ValueError(f"{name}={getattr(owner, name)} is not a share; use 0 to 0.99.")
+        value = getattr(owner, name)
+        if isinstance(value, str) or not 0 <= value < 1:
+            raise ValueError(f"{name}={value!r} is not a share; use 0 to 0.99.")
 
 
 def _positive(owner: object, *names: str) -> None:
@@ -156,6 +157,7 @@ class TrainConfig:
         _one_of("tracker", self.tracker or "tensorboard", ("tensorboard",))
         _positive(self, *BUDGETS, "micro_batch", "grad_accum", "grad_clip")
         _positive(self, "lr", "embed_lr", "vector_lr", "rho", "n_evals", "eval_windows")
+        _positive(self, "checkpoint_minutes")
         _share(self, "warmup", "cooldown")
 
     @property
@@ -179,7 +181,13 @@ RATES: dict[str, dict[str, dict[str, float]]] = {
     "winner2024": {"smoke": {"lr": 3e-3}, "laptop": {"lr": 1e-3}, "a100": {"lr": 1.25e-3}},
     "adamw": {
         "smoke": {"lr": 3e-3},
-        "laptop": {"lr": 5e-4, "embed_lr": 0.02, "vector_lr": 0.256, "micro_batch": 4},
+        "laptop": {
+            "lr": 5e-4,
+            "embed_lr": 0.02,
+            "vector_lr": 0.256,
+            "micro_batch": 4,
+            "grad_accum": 1,
+        },
         "a100": {"lr": 1.5e-3, "embed_lr": 1e-2},
     },
     "best": {

@@ -31,9 +31,10 @@ nats/token on held-out documents. llama.cpp knows the tokenizer gpt2; this one i
 
 def load_run(run: Path) -> tuple[LanguageModel, tiktoken.Encoding]:
     """Load the model and the tokenizer of a finished training run."""
-    if runs.read_result(run) is None:
+    if runs.read_result(run) is None or not (run / "model.safetensors").exists():
         raise ValueError(
-            f"run {str(run)!r} has no result.json, so it is not finished; start it again."
+            f"run {str(run)!r} has no result.json or no weights: it is not finished (start it again), "
+            "or one of a study, which keeps none."
         )
     model = build_model(runs.read_run(run).model)
     model.load_state_dict(load_file(run / "model.safetensors"))

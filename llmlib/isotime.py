@@ -17,6 +17,7 @@ from llmlib.sizing import PUBLISHED_FITS, fit_loss_surface
 FLOOR = PUBLISHED_FITS["Hoffmann et al. 2022"].E  # [nats/token]; of no weight far above it
 NEAR = 4.0  # sizes that count beside the best, as a ratio to it
 WIDEST_SIZE, WIDEST_E = 4.0, 1.0  # intervals (ratio; nats) beyond which an answer says nothing
+OUTSIDE = "refused: more than a hundredfold from the sizes that were measured"
 
 
 def with_interval(name: str, draws: np.ndarray) -> dict[str, Any]:
@@ -112,15 +113,16 @@ def extrapolate(
     return {k: float(v) for k, v in (found | with_interval("loss", loss)).items()}
 
 
-def hold_out(table: pd.DataFrame, draws: np.ndarray) -> pd.DataFrame:
-    """Predict the last optimum from each shorter row of times; a row each, with what was measured.
+def hold_out(points: pd.DataFrame, optima: pd.DataFrame, *, n_samples: int = 1000) -> pd.DataFrame:
+    """Predict the last optimum from the runs of shorter times alone; a row for each number of them.
 
-    ``covered``: the measured value is in the 90 % interval; ``loss_error`` [nats/token].
+    ``covered``: the fit to the last time is in the 90 % interval; ``loss_error`` [nats/token].
     """
-    last, rows = table.iloc[-1], []
-    for n in range(2, len(table)):
-        told = extrapolate(table[:n], draws[:n], last.seconds)
-        row = {"from_times_to": table.seconds[n - 1], "seconds": last.seconds} | told
+    last, rows = optima.iloc[-1], []
+    for until in optima.seconds[1:-1]:
+        past = find_optima(points[points.seconds <= until], n_samples=n_samples)
+        told = extrapolate(*past, last.seconds)
+        row = {"from_times_to": until, "seconds": last.seconds} | told
         for name in ("n_params", "loss"):
             is_inside = told[f"{name}_low"] <= last[name] <= told[f"{name}_high"]
             row |= {f"{name}_measured": last[name], f"{name}_covered": is_inside}
@@ -143,13 +145,15 @@ def advice_in_time(
     The extrapolated ``optimum``; the surface fitted to the same ``points``; the published fits; 20
     tokens per parameter. All get tokens by the measured ``speeds`` (n_params, tokens_per_s).
     """
-    sizes = np.geomspace(speeds.n_params.min() / 10, speeds.n_params.max() * 10, 801)
+    sizes = np.geomspace(speeds.n_params.min() / 100, speeds.n_params.max() * 100, 1601)
     tokens = tokens_in(seconds, speeds, sizes)
-    best = {name: sizes[fit.loss(sizes, tokens).argmin()] for name, fit in PUBLISHED_FITS.items()}
-    best["20 tokens per parameter"] = sizes[np.abs(np.log(tokens / sizes / 20)).argmin()]
+    gaps = {name: fit.loss(sizes, tokens) for name, fit in PUBLISHED_FITS.items()}
+    gaps["20 tokens per parameter"] = np.abs(np.log(tokens / sizes / 20))
     rows = {"iso-time curves": _judge(optimum)}
     rows["fitted surface"] = _by_surface(points, sizes, tokens)
-    rows |= {name: {"n_params": size} for name, size in best.items()}
+    for name, gap in gaps.items():
+        is_inside = 0 < gap.argmin() < len(sizes) - 1
+        rows[name] = {"n_params": sizes[gap.argmin()]} if is_inside else {"note": OUTSIDE}
     columns = ["n_params", "n_params_low", "n_params_high", "note"]
     table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
     table = table.rename_axis("method").reset_index()
@@ -167,7 +171,10 @@ def _by_surface(points: pd.DataFrame, sizes: np.ndarray, tokens: np.ndarray) -> 
     e_width = np.ptp(np.quantile(fit.samples.E, [0.05, 0.95]))
     if e_width > WIDEST_E:
         return {"note": f"refused: E's interval spans {e_width:.1f} nats"}
-    return _judge(with_interval("n_params", sizes[np.vstack(losses).argmin(axis=1)]))
+    best = np.vstack(losses).argmin(axis=1)
+    if np.isin(best, (0, len(sizes) - 1)).mean() > 0.05:
+        return {"note": OUTSIDE}
+    return _judge(with_interval("n_params", sizes[best]))
 
 
 def _judge(found: dict[str, float]) -> dict[str, Any]:

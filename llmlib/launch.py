@@ -103,9 +103,11 @@ def run_many(folders: list[Path]) -> None:
     n_workers = 1 if devices.n_accelerators() else runs.n_cores()
     n_each = math.ceil(len(waiting) / n_workers) or 1
     shares = [waiting[i : i + n_each] for i in range(0, len(waiting), n_each)]
-    workers = [start(share, n_threads=int(len(shares) > 1)) for share in shares]
+    workers = [start(share, n_threads=int(n_workers > 1)) for share in shares]
     with tqdm(total=len(folders), unit=" runs", **OFTEN) as bar:
         _watch(workers, lambda: bar.update(n_done() - bar.n))
+    if ended := {worker.returncode for worker in workers} - {0, 1, 2}:
+        raise RuntimeError(f"training was stopped (status {min(ended)}); the same cell goes on.")
 
 
 def _show_run(run: Path, bar: tqdm, curve: DisplayHandle | None) -> None:

@@ -236,6 +236,7 @@ def compare_curves(
                 label, alpha = f"{label} (training)", 0.5
             if (rows.kind == "score").any():
                 panel.axhline(rows.val_loss.max(), label=label, **look | {"marker": ""})
+                readable.append(rows.val_loss.max())
             rows = rows[rows[quantity] > 0]
             line = {"markevery": len(rows) // 8 + 1, "alpha": alpha}
             for kind, part in rows.groupby(rows.kind.where(rows.kind.isin(POINTS), "line")):

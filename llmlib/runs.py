@@ -280,14 +280,18 @@ class MetricLog:
         with contextlib.suppress(OSError), open(self.path, "a") as file:
             file.write(json.dumps({"kind": kind} | values) + "\n")
         if self.tracker and kind in ("step", "eval"):
-            from torch.utils.tensorboard import SummaryWriter
+            with contextlib.suppress(OSError):
+                self._copy(kind, values)
 
-            step, folder = values["step"], self.path.parent / "tensorboard"
-            self.writer = self.writer or SummaryWriter(folder, purge_step=step)
-            for name, value in values.items():
-                if isinstance(value, (int, float)):
-                    self.writer.add_scalar(f"{kind}/{name}", value, step)
-            self.writer.flush()
+    def _copy(self, kind: str, values: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        step, folder = values["step"], self.path.parent / "tensorboard"
+        self.writer = self.writer or SummaryWriter(folder, purge_step=step)
+        for name, value in values.items():
+            if isinstance(value, (int, float)):
+                self.writer.add_scalar(f"{kind}/{name}", value, step)
+        self.writer.flush()
 
     def drop_after(self, step: int) -> None:
         """Drop steps and validations that will be met again, and half-written lines."""

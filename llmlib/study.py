@@ -34,6 +34,10 @@ class Plan:
     trial_seconds: float  # training time of each run of 04 [s]
     seeds: tuple[int, ...] = (1, 2, 3)  # of each arm of 04
 
+    def __post_init__(self) -> None:
+        if min(len(self.sizes), len(self.times)) < 3:
+            raise ValueError(f"{self} has too few; give three sizes and three times or more.")
+
 
 PLANS = {
     "smoke": Plan(((1, 32), (1, 64), (2, 64)), (0.05, 0.1, 0.2), 0.1, (1, 2)),
@@ -159,19 +163,22 @@ def scaled(train: TrainConfig, names: Iterable[str], factor: float) -> TrainConf
 def differences(table: pd.DataFrame, base: str, *, is_pooled: bool = True) -> pd.DataFrame:
     """Compare arms with one of them, seed by seed: mean difference in loss with its 95 % interval.
 
-    ``table`` has ``run`` as ``repeated`` names them. The noise of a difference is pooled over the
-    arms (a two-way layout), which two or three seeds of arms alike need, or each arm's own: then it
-    is the paired t interval, as it is for two arms.
+    ``table`` has ``run`` as ``repeated`` names them. The noise of a difference is pooled over all
+    arms (what a two-way layout of arms and seeds leaves), which two or three seeds of arms alike
+    need, or each arm's own: then it is the paired t interval, as it is for two arms.
     """
     arm = table.run.str.rsplit("-seed", n=1).str[0]
     losses = table.assign(arm=arm).pivot(index="seed", columns="arm", values="loss")
     ours = losses[arm.unique()].sub(losses[base], axis=0).drop(columns=base)
-    freedom, noise = len(ours) - 1, ours.std()
+    n, noise, freedom = ours.count(), ours.std(), ours.count() - 1
     if is_pooled:
-        freedom, noise = freedom * ours.shape[1], (ours.var().mean() ** 0.5)
-    half = stats.t.ppf(0.975, freedom) * noise / len(ours) ** 0.5
+        whole = losses.dropna(axis=1, how="all").dropna()
+        rest = whole.sub(whole.mean(axis=1), axis=0)
+        freedom = (len(rest) - 1) * (rest.shape[1] - 1)
+        noise = (2 * ((rest - rest.mean()) ** 2).to_numpy().sum() / freedom) ** 0.5
+    half = stats.t.ppf(0.975, freedom) * noise / n**0.5
     found = pd.DataFrame({"difference": ours.mean(), "low": ours.mean() - half})
-    return found.assign(high=ours.mean() + half, n=len(ours)).rename_axis("arm").reset_index()
+    return found.assign(high=ours.mean() + half, n=n).rename_axis("arm").reset_index()
 
 
 def grids(table: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
@@ -206,7 +213,7 @@ def by_shape(
 
 
 def size_settings(base: ModelConfig, train: TrainConfig, plan: Plan) -> Settings:
-    """Every size of 03; peak rates fall with the root of the width."""
+    """Every size of 03; peak rates, but the norm gains', fall with the root of the width."""
     settings = {}
     for n_layer, d_model in plan.sizes:
         model = resize(base, arch=base.arch, n_layer=n_layer, d_model=d_model)
@@ -316,4 +323,6 @@ def load_tables(parts: list[Path], names: dict[str, str]) -> dict[str, pd.DataFr
         arm = rows.run.str.rsplit("-seed", n=1).str[0].replace(names)
         rows = rows.assign(arm=arm, run=arm + "-seed" + rows.seed.astype(str))
         tables.setdefault(path.stem, []).append(rows)
-    return {name: pd.concat(found).drop_duplicates("id") for name, found in tables.items()}
+    return {
+        name: pd.concat(found).drop_duplicates("id", keep="last") for name, found in tables.items()
+    }

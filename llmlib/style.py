@@ -58,6 +58,7 @@ def _format_log_axes(axes: Axes) -> None:
 
 def short_number(value: float, _: Any = None) -> str:
     """Write a number with at most three digits and k, M, B or T: 950, 1.5k, 33k, 2.1M."""
+    value = float(f"{value:.3g}")
     for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= limit:
             return f"{value / limit:.3g}{unit}"

@@ -275,7 +275,8 @@ class Trainer:
 
     def _summary(self) -> dict[str, Any]:
         """Say what the run was and did, but for its final scores."""
-        state, steps, model = self.state, runs.read_metrics(self.path, "step"), self.about.model
+        state, model = self.state, self.about.model
+        steps = runs.read_metrics(self.path, "step").reindex(columns=["tokens_per_s", "mfu"])
         n_tokens, n = state.step * self.tokens_per_step, step.world_size()
         micro_batch = min(state.micro_batch, self.config.n_sequences // n)
         result = {"n_steps": state.step, "n_tokens": n_tokens, "n_params": count_params(model)}

@@ -102,6 +102,8 @@ def test_domains_compare_across_finished_runs_that_have_them(tmp_path):
     table = analysis.domain_comparison(analysis.find_runs(tmp_path))
     assert table.set_index("run").bits_per_byte.to_dict() == {"one": 1.5, "two": 1.25}
     assert analysis.domain_comparison({}).empty and analysis.results_table({}).empty
+    assert analysis.results_table({}).set_index("run").loss.empty
+    assert analysis.domain_table([{"domains": {}}]).empty
 
 
 def test_smoothing_is_centred_and_leaves_validations_alone():
@@ -207,6 +209,7 @@ def test_units_are_seconds(tmp_path, put):
         ("e.json", "{}", ["log_history"]),
         ("f.txt", "nothing of the kind\n", ["needs step"]),
         ("g.png", b"\x89PNG\r\n\x1a\n\xff", ["was not read"]),
+        ("h.csv", "Wall time,Step,Value\n", ["was not read"]),
     ],
 )
 def test_a_file_that_is_no_curve_is_named_and_the_others_are_read(
@@ -224,6 +227,11 @@ def test_a_curve_of_steps_and_losses_alone_knows_no_other_axis(tmp_path, put):
     curve = analysis.load_curves(tmp_path)[0][name]
     assert curve[["tokens", "seconds", "flops"]].isna().all(axis=None)
     assert analysis.smooth(curve, 1e-9).smoothed.tolist() == [4.0, 3.0, 3.0]
+
+
+def test_of_two_columns_for_one_quantity_the_more_usual_is_read(tmp_path, put):
+    name = put("theirs.csv", "step,loss,train_loss\n1,4.0,\n2,3.0,\n3,,3.5\n")
+    assert analysis.load_curves(tmp_path)[0][name].loss.tolist() == [4.0, 3.0]
 
 
 def test_a_score_knows_no_axis(tmp_path, put):

@@ -189,7 +189,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
         patch.setattr(tiktoken.Encoding, "eot_token", 0)  # as where special tokens lie elsewhere
         refuse(run, "tokenizer='bpe' cannot be exported; train with ")
     (run / "result.json").unlink()
-    refuse(run, r"no result\.json, so it is not finished; start it again")
+    refuse(run, r"no result\.json or no weights: it is not finished \(start it again\)")
     assert not (tmp_path / "new").exists()
 
 

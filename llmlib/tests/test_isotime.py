@@ -109,6 +109,22 @@ def test_every_method_gets_its_tokens_by_the_measured_speeds():
         assert table.n_params[name] == pytest.approx(expected, rel=0.05)
 
 
+def test_the_held_out_time_takes_no_part_in_its_prediction():
+    points, told = measure(), ["n_params", "n_params_low", "n_params_high", "loss", "loss_high"]
+    moved = points.copy()
+    moved.loc[points.index[points.seconds == points.seconds.max()][::2], "loss"] += 0.3
+    one, other = (isotime.hold_out(p, isotime.find_optima(p)[0]) for p in (points, moved))
+    assert one[told].equals(other[told]) and one[told].notna().all(axis=None)
+    assert not one.loss_measured.equals(other.loss_measured)
+
+
+def test_an_optimum_at_the_edge_of_the_sizes_looked_at_is_refused():
+    optimum = dict.fromkeys(("n_params", "n_params_low", "n_params_high"), 3e5)
+    table = isotime.advice_in_time(measure(), SPEEDS, 1e9, optimum).set_index("method")
+    assert table.note["20 tokens per parameter"] == isotime.OUTSIDE
+    assert np.isnan(table.n_params["20 tokens per parameter"])
+
+
 def test_an_answer_that_says_nothing_is_refused_in_words():
     names, nan = ("n_params", "n_params_low", "n_params_high"), np.nan
     few, noisy = measure(n_seeds=1)[:5], measure(noise=0.5, n_seeds=1)

@@ -85,6 +85,19 @@ def test_many_runs_are_trained_and_each_failure_stands_in_its_own_log(
     assert "checkpoint could not be saved" in launch.log_tail(broken, n_lines=1)
 
 
+def test_a_worker_that_was_killed_is_told_and_its_runs_have_not_failed(make_run, monkeypatch):
+    start = launch.start
+
+    def start_and_kill(*arguments, **how):
+        process = start(*arguments, **how)
+        process.kill()
+        return process
+
+    monkeypatch.setattr(launch, "start", start_and_kill)
+    with pytest.raises(RuntimeError, match=r"stopped \(status -9\); the same cell goes on"):
+        launch.run_many([make_run(SHORT)])
+
+
 def test_only_usable_cards_are_counted_and_a_stopped_job_has_time_to_save(make_run, monkeypatch):
     started, run = [], make_run(SHORT)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)

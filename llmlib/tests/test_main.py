@@ -22,12 +22,12 @@ def test_three_hours_of_an_a100_by_hand():
         "best size: 20 tokens per parameter": "106M to 130M",  # (1.348e18 / 120) ** 0.5
         "download [GB]": "24",
         "tokens on disk [GB]": "12",
-        "checkpoints and weights on disk [GB]": "5.04",  # 28 x 0.18
+        "checkpoints on disk [GB]": "6.48",  # 36 x 0.18
     }
     assert plan.value[list(expected)].to_dict() == expected
     assert plan.known.str.match("measured|computed|assumed").all()
     [disk] = re.findall(r"([\d.]+) GB of checkpoints", (runs.ROOT / "README.md").read_text())
-    assert disk == expected["checkpoints and weights on disk [GB]"]
+    assert disk == expected["checkpoints on disk [GB]"]
     small = make_plan("a100", 3.0, "A100").set_index("quantity").value  # of 40 GB
     assert small["micro-batch that fits [sequences]"] == "64"
 

@@ -102,11 +102,12 @@ def test_a_curve_appears_only_where_its_axis_is_known():
 
 
 def test_a_score_is_a_line_and_trials_are_points_in_every_panel_that_they_know():
-    score = CURVE[:1].assign(kind="score", val_loss=2.9, **dict.fromkeys(analysis.AXES, nan))
+    score = CURVE[:1].assign(kind="score", val_loss=9.0, **dict.fromkeys(analysis.AXES, nan))
     trials = CURVE.assign(kind="trial", val_loss=3.0, seconds=nan)
     figure = plots.compare_curves({"ours": CURVE, "score": score, "trials": trials})
     assert [len(axes.lines) for axes in figure.axes] == [3, 2, 3]
-    assert {axes.lines[1].get_ydata()[0] for axes in figure.axes} == {2.9}
+    assert {axes.lines[1].get_ydata()[0] for axes in figure.axes} == {9.0}
+    assert figure.axes[0].get_ylim()[1] > 9
     assert {axes.lines[2].get_linestyle() for axes in figure.axes[::2]} == {"None"}
 
 
@@ -141,7 +142,14 @@ def test_names_of_folders_and_runs_are_shown_as_they_are(name):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(179_983_360, "180M"), (1.5e9, "1.5B"), (950, "950"), (0.0, "0"), (33_400, "33.4k")],
+    [
+        (179_983_360, "180M"),
+        (1.5e9, "1.5B"),
+        (950, "950"),
+        (0.0, "0"),
+        (33_400, "33.4k"),
+        (999_999, "1M"),
+    ],
 )
 def test_numbers_read_short(value, text):
     assert style.short_number(value) == text

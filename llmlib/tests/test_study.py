@@ -40,7 +40,7 @@ def test_sizes_get_the_tokens_that_their_speed_buys_in_whole_steps(scale):
 
 
 def test_seeds_go_to_the_three_sizes_next_to_the_best_and_factors_to_every_rate():
-    plan = replace(PLANS["smoke"], sizes=tuple((1, 32 * n) for n in range(1, 6)), times=(1.0, 2.0))
+    plan = replace(PLANS["smoke"], sizes=tuple((1, 32 * n) for n in range(1, 6)), times=(1.0, 2.0, 4.0))
     sizes = study.size_settings(SMOKE.model, override(SMOKE.train, embed_lr=0.5), plan)
     best = pd.Series({1.0: 1e3, 2.0: count_params(sizes["1x128"][0])})
     middle = count_params(sizes["1x64"][0])
@@ -55,13 +55,13 @@ def test_seeds_go_to_the_three_sizes_next_to_the_best_and_factors_to_every_rate(
     assert (run.lr, run.embed_lr) == (before.lr / 2, before.embed_lr / 2) and run.vector_lr is None
     trials = pd.DataFrame({"run": list(settings), "status": "finished", "loss": 3.0})
     points = study.iso_time_points(trials)
-    assert set(points.seconds) == {1.0, 2.0} and points.factor.min() == 0.5
+    assert set(points.seconds) == {1.0, 2.0, 4.0} and points.factor.min() == 0.5
     assert set(points["size"]) == set(sizes)
     assert study.iso_time_points(trials.assign(status="failed: why")).empty
 
 
 def test_runs_of_more_tokens_than_allowed_are_left_out_and_none_is_refused():
-    plan = replace(PLANS["smoke"], times=(1.0, 2.0))
+    plan = replace(PLANS["smoke"], times=(1.0, 2.0, 4.0))
     sizes = study.size_settings(SMOKE.model, SMOKE.train, plan)
     speeds = pd.Series(1e6, index=list(sizes))
     settings = study.iso_time_settings(sizes, speeds, plan, max_tokens=1.5e6)
@@ -174,16 +174,28 @@ def test_difference_of_two_arms_is_the_paired_t_interval():
     assert (row.arm, row.low, row.high) == ("a", pytest.approx(low), pytest.approx(high))
 
 
-def test_intervals_over_many_arms_cover_the_truth():
-    rng, n_inside = np.random.default_rng(0), 0
-    for _ in range(200):
+@pytest.mark.parametrize("n_arms", [2, 5, 10])
+def test_intervals_over_arms_cover_the_truth(n_arms):
+    rng, inside = np.random.default_rng(0), []
+    for _ in range(500):
         seeds = rng.normal(size=3)
-        losses = {f"arm{i}": seeds + 0.1 * i + 0.05 * rng.normal(size=3) for i in range(5)}
-        found = study.differences(table_of(losses), "arm0")
-        n_inside += (
-            (found.low < 0.1 * found.index + 0.1) & (found.high > 0.1 * found.index + 0.1)
-        ).sum()
-    assert 0.92 < n_inside / 800 < 0.98
+        losses = {f"{i}": seeds + 0.1 * i + 0.05 * rng.normal(size=3) for i in range(n_arms)}
+        found = study.differences(table_of(losses), "0")
+        inside += (0.1 * found.arm.astype(int)).between(found.low, found.high).tolist()
+    assert 0.93 < np.mean(inside) < 0.97
+
+
+def test_a_failed_seed_is_not_counted():
+    losses = {"base": [3.0, 3.1, 3.3], "arm": [2.9, math.nan, 3.25]}
+    [row] = study.differences(table_of(losses), "base", is_pooled=False).itertuples()
+    expected = stats.ttest_rel([2.9, 3.25], [3.0, 3.3]).confidence_interval(0.95)
+    assert (row.n, row.low, row.high) == pytest.approx((2, expected.low, expected.high))
+
+
+def test_a_plan_of_too_few_sizes_or_times_is_refused():
+    for few in ({"sizes": ((1, 32), (1, 64))}, {"times": (1.0, 2.0)}):
+        with pytest.raises(ValueError, match="give three sizes and three times or more"):
+            replace(PLANS["smoke"], **few)
 
 
 @pytest.fixture(scope="module")
