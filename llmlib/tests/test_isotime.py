@@ -8,6 +8,7 @@ from llmlib import isotime
 from llmlib.sizing import PUBLISHED_FITS, LossSurface
 
 TIMES, EXPONENT = [2.0, 4.0, 8.0, 16.0], 0.6
+FITS = {"together": isotime.fit_together, "one by one": isotime.find_optima}
 SPEEDS = pd.DataFrame({"n_params": [1e5, 1e6, 1e7], "tokens_per_s": [1e6, 1e5, 1e4]})
 FOUR, SEVEN = (1e5, 2.2e5, 4.5e5, 9e5), (5e4, 1e5, 2e5, 4e5, 8e5, 1.6e6, 3.2e6)
 SURFACE = LossSurface(E=1.2, A=43.0, B=38.0, alpha=0.315, beta=0.2)  # as 03 found it once
@@ -36,8 +37,9 @@ def measure(curve=parabola, *, times=TIMES, sizes=SEVEN, n_seeds=2, noise=0.0, s
     return points.assign(n_tokens=1e11 / points.n_params * points.seconds, loss=losses)
 
 
-def test_minima_and_power_law_of_exact_curves_are_recovered():
-    table, draws = isotime.find_optima(measure(), n_samples=5)
+@pytest.mark.parametrize("fit", FITS.values(), ids=FITS)
+def test_minima_and_power_law_of_exact_curves_are_recovered(fit):
+    table, draws = fit(measure(), n_samples=5)
     assert table.n_params.to_numpy() == pytest.approx([best(t)[0] for t in TIMES])
     assert table.loss.to_numpy() == pytest.approx([best(t)[1] for t in TIMES])
     found = isotime.extrapolate(table, draws, 64)
@@ -45,26 +47,28 @@ def test_minima_and_power_law_of_exact_curves_are_recovered():
     assert found["exponent"] == pytest.approx(EXPONENT)
     larger = isotime.extrapolate(table, draws, 64, n_params=best(64)[0] * np.e)
     assert larger["loss"] == pytest.approx(best(64)[1] + 0.1)
-    optima = isotime.find_optima(measure(lambda n, t: parabola(n, t, t**-0.3)))
+    optima = isotime.find_optima(measure(lambda n, t: parabola(n, t, t**-0.3)))  # no one curvature
     fall = isotime.extrapolate(*optima, 64, n_params=best(64)[0] * np.e)
     assert fall["loss"] == pytest.approx(best(64)[1] + 64**-0.3)
     assert np.isnan(isotime.extrapolate(table, draws, 64, n_params=best(64)[0] / 5)["loss"])
 
 
+@pytest.mark.parametrize("fit", FITS.values(), ids=FITS)
 @pytest.mark.parametrize("curve", [parabola, surface])
-def test_intervals_of_four_sizes_cover_about_nine_tenths(curve):
+def test_intervals_of_four_sizes_cover_about_nine_tenths(curve, fit):
     grid, hits, ahead = np.geomspace(2e4, 5e6, 20_001), [], []
     truth = {t: grid[curve(grid, t).argmin()] for t in (2.0, 4.0, 8.0, 32.0)}
     for seed in range(60):
         points = measure(curve, times=[2.0, 4.0, 8.0], sizes=FOUR, noise=0.02, seed=seed)
         is_kept = ~points.duplicated(["seconds", "n_params"])  # two seeds at one size and time
         is_kept |= (points.seconds == 2) & (points.n_params == FOUR[1])
-        table, draws = isotime.find_optima(points[is_kept], seed=seed)
+        table, draws = fit(points[is_kept], seed=seed)
         known = table.dropna(subset="n_params")
         hits += known.seconds.map(truth).between(known.n_params_low, known.n_params_high).tolist()
         far = isotime.extrapolate(table, draws, 32.0)
         ahead += [far["n_params_low"] < truth[32.0] < far["n_params_high"]] * (len(known) > 1)
-    assert len(hits) > 120 and 0.85 < np.mean(hits) < 0.99 and np.mean(ahead) > 0.85
+    least = 0.75 if (fit, curve) == (isotime.fit_together, surface) else 0.85  # not one curvature
+    assert len(hits) > 120 and least < np.mean(hits) < 0.99 and np.mean(ahead) > 0.85
 
 
 @pytest.mark.parametrize(
@@ -100,7 +104,7 @@ def test_sizes_far_from_the_best_do_not_move_it():
 
 def test_every_method_gets_its_tokens_by_the_measured_speeds():
     optimum = {"n_params": 3e5, "n_params_low": 2e5, "n_params_high": 4e5}
-    table = isotime.advice_in_time(measure(), SPEEDS, 60, optimum).set_index("method")
+    table = isotime.advice_in_time(measure(), SPEEDS, 60, {"ours": optimum}).set_index("method")
     assert (table.n_params * table.n_tokens).dropna().to_numpy() == pytest.approx(60 * 1e11)
     ratio = table.tokens_per_parameter["20 tokens per parameter"]
     assert ratio == pytest.approx(20, rel=0.05)
@@ -113,14 +117,14 @@ def test_the_held_out_time_takes_no_part_in_its_prediction():
     points, told = measure(), ["n_params", "n_params_low", "n_params_high", "loss", "loss_high"]
     moved = points.copy()
     moved.loc[points.index[points.seconds == points.seconds.max()][::2], "loss"] += 0.3
-    one, other = (isotime.hold_out(p, isotime.find_optima(p)[0]) for p in (points, moved))
+    one, other = (isotime.hold_out(p, FITS) for p in (points, moved))
     assert one[told].equals(other[told]) and one[told].notna().all(axis=None)
     assert not one.loss_measured.equals(other.loss_measured)
 
 
 def test_an_optimum_at_the_edge_of_the_sizes_looked_at_is_refused():
     optimum = dict.fromkeys(("n_params", "n_params_low", "n_params_high"), 3e5)
-    table = isotime.advice_in_time(measure(), SPEEDS, 1e9, optimum).set_index("method")
+    table = isotime.advice_in_time(measure(), SPEEDS, 1e9, {"ours": optimum}).set_index("method")
     assert table.note["20 tokens per parameter"] == isotime.OUTSIDE
     assert np.isnan(table.n_params["20 tokens per parameter"])
 
@@ -129,6 +133,7 @@ def test_an_answer_that_says_nothing_is_refused_in_words():
     names, nan = ("n_params", "n_params_low", "n_params_high"), np.nan
     few, noisy = measure(n_seeds=1)[:5], measure(noise=0.5, n_seeds=1)
     for points, optimum in ((few, (nan, nan, nan)), (noisy, (2e5, 1e5, 5e5))):
-        table = isotime.advice_in_time(points, SPEEDS, 60, dict(zip(names, optimum, strict=True)))
-        refused = table[table.method.isin(["iso-time curves", "fitted surface"])]
+        ours = {"ours": dict(zip(names, optimum, strict=True))}
+        table = isotime.advice_in_time(points, SPEEDS, 60, ours)
+        refused = table[table.method.isin(["ours", "fitted surface"])]
         assert refused.note.str.startswith("refused: ").all() and refused.n_params.isna().all()

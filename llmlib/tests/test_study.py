@@ -40,7 +40,9 @@ def test_sizes_get_the_tokens_that_their_speed_buys_in_whole_steps(scale):
 
 
 def test_seeds_go_to_the_three_sizes_next_to_the_best_and_factors_to_every_rate():
-    plan = replace(PLANS["smoke"], sizes=tuple((1, 32 * n) for n in range(1, 6)), times=(1.0, 2.0, 4.0))
+    plan = replace(
+        PLANS["smoke"], sizes=tuple((1, 32 * n) for n in range(1, 6)), times=(1.0, 2.0, 4.0)
+    )
     sizes = study.size_settings(SMOKE.model, override(SMOKE.train, embed_lr=0.5), plan)
     best = pd.Series({1.0: 1e3, 2.0: count_params(sizes["1x128"][0])})
     middle = count_params(sizes["1x64"][0])
