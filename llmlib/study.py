@@ -175,7 +175,8 @@ def differences(table: pd.DataFrame, base: str, *, is_pooled: bool = True) -> pd
         whole = losses.dropna(axis=1, how="all").dropna()
         rest = whole.sub(whole.mean(axis=1), axis=0)
         freedom = (len(rest) - 1) * (rest.shape[1] - 1)
-        noise = (2 * ((rest - rest.mean()) ** 2).to_numpy().sum() / freedom) ** 0.5
+        squares = ((rest - rest.mean()) ** 2).to_numpy().sum()
+        noise = (2 * squares / freedom) ** 0.5 if freedom else np.nan
     half = stats.t.ppf(0.975, freedom) * noise / n**0.5
     found = pd.DataFrame({"difference": ours.mean(), "low": ours.mean() - half})
     return found.assign(high=ours.mean() + half, n=n).rename_axis("arm").reset_index()
