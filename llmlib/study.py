@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,8 @@ def run_study(record: runs.Record, name: str, settings: Settings, tokens_dir: Pa
     study goes on from its table alone.
     """
     path, ids = record.path / f"{name}.csv", {k: setting_id(*v) for k, v in settings.items()}
-    table = _read(path) if path.exists() else pd.DataFrame({"id": []})
+    read = partial(pd.read_csv, path, float_precision="round_trip")
+    table = read() if path.exists() else pd.DataFrame({"id": []})
     labels = {}
     for label in settings:
         if ids[label] not in set(table.id):
@@ -76,12 +78,8 @@ def run_study(record: runs.Record, name: str, settings: Settings, tokens_dir: Pa
         if rows:
             grown = pd.DataFrame(table.to_dict("records") + rows)
             runs.write_atomic(path, grown.to_csv(index=False))
-    found = _read(path).set_index("id").loc[list(ids.values())].reset_index()
+    found = read().set_index("id").loc[list(ids.values())].reset_index()
     return found.assign(run=list(ids))
-
-
-def _read(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, float_precision="round_trip", dtype={"id": str})
 
 
 def setting_id(model: ModelConfig, train: TrainConfig) -> str:
@@ -202,12 +200,10 @@ def grids(table: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
     return pd.concat(found, ignore_index=True)
 
 
-def by_shape(
-    tables: dict[str, pd.DataFrame], name: str, base: str, *, is_pooled: bool = True
-) -> pd.DataFrame:
+def by_shape(tables: dict[str, pd.DataFrame], name: str, base: str, **how: bool) -> pd.DataFrame:
     """Tabulate ``differences`` to the base over all tables called ``<name>_<shape>``."""
     return pd.concat(
-        differences(table, base, is_pooled=is_pooled).assign(shape=key.removeprefix(f"{name}_"))
+        differences(table, base, **how).assign(shape=key.removeprefix(f"{name}_"))
         for key, table in tables.items()
         if key.startswith(f"{name}_")
     )
@@ -218,10 +214,9 @@ def size_settings(base: ModelConfig, train: TrainConfig, plan: Plan) -> Settings
     settings = {}
     for n_layer, d_model in plan.sizes:
         model = resize(base, arch=base.arch, n_layer=n_layer, d_model=d_model)
-        factor = (base.d_model / d_model) ** 0.5
-        embed_lr = train.embed_lr and train.embed_lr * factor
-        scaled = override(train, lr=train.lr * factor, embed_lr=embed_lr)
-        settings[f"{n_layer}x{d_model}"] = model, scaled
+        rates = [name for name in ("lr", "embed_lr") if getattr(train, name)]
+        run = scaled(train, rates, (base.d_model / d_model) ** 0.5)
+        settings[f"{n_layer}x{d_model}"] = model, run
     return settings
 
 
@@ -237,10 +232,10 @@ def iso_time_settings(
 ) -> Settings:
     """Every size for every time, by its speed [tokens/s], in whole steps; whole runs.
 
-    ``factors`` give what multiplies a size's peak rates at a time. ``n_seeds`` go to the three sizes next to the ``best``
-    of each time [parameters, by time]; while it is not known, to the middle size at the shortest
-    time, for the noise. Left out are runs of more than ``max_tokens`` and sizes whose speed is NaN
-    (the step failed); if that leaves none, it is refused.
+    ``factors`` multiply a size's peak rates at a time. ``n_seeds`` go to the three sizes next to the
+    ``best`` of each time [parameters, by time]; while it is not known, to the middle size at the
+    shortest time, for the noise. Left out are runs of more than ``max_tokens`` and sizes whose speed
+    is NaN (the step failed); if that leaves none, it is refused.
     """
     repeated = {(min(plan.times), list(sizes)[len(sizes) // 2])}
     if best is not None:
@@ -300,9 +295,8 @@ def tune_sizes(
     for (size, seconds), own in tried.items():
         near = own.iloc[own.argmin() - 1 : own.argmin() + 2].fillna(own.max())
         c, b, _ = np.polyfit(np.log(near.index), near, 2)
-        row = {"n_params": count_params(sizes[size][0]), "seconds": seconds}
-        rows.append(row | {"factor": np.exp(-b / (2 * c))})
-    return pd.DataFrame(rows)
+        rows.append((count_params(sizes[size][0]), seconds, np.exp(-b / (2 * c))))
+    return pd.DataFrame(rows, columns=["n_params", "seconds", "factor"])
 
 
 def interpolate_factors(tuned: pd.DataFrame) -> Factors:
@@ -324,6 +318,4 @@ def load_tables(parts: list[Path], names: dict[str, str]) -> dict[str, pd.DataFr
         arm = rows.run.str.rsplit("-seed", n=1).str[0].replace(names)
         rows = rows.assign(arm=arm, run=arm + "-seed" + rows.seed.astype(str))
         tables.setdefault(path.stem, []).append(rows)
-    return {
-        name: pd.concat(found).drop_duplicates("id", keep="last") for name, found in tables.items()
-    }
+    return {n: pd.concat(t).drop_duplicates("id", keep="last") for n, t in tables.items()}
