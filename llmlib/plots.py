@@ -1,8 +1,7 @@
 """The figures: one function per figure, data in, figure out. No torch.
 
 A title names what is shown; it states a finding only where the caller, who knows the noise, passes
-one. What all figures share is in ``style``. Two figures have controls where somebody sits in
-JupyterLab.
+one. What all figures share is in ``style``; two have controls where somebody sits in JupyterLab.
 """
 
 from collections.abc import Callable, Sequence

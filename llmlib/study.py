@@ -23,6 +23,7 @@ from llmlib.sizing import count_params
 
 Setting = tuple[ModelConfig, TrainConfig]
 Settings = dict[str, Setting]
+TrainAll = Callable[[Settings], pd.DataFrame]  # gives a loss to each setting
 Factors = Callable[[float, float], float]  # of the peak rates, by parameters and time [s]
 
 
@@ -66,7 +67,7 @@ def run_study(record: runs.Record, name: str, settings: Settings, tokens_dir: Pa
     folders = {i: record.path / "trials" / name / i for i in labels}
     for i, folder in folders.items():
         model, train = settings[labels[i]]
-        light = override(train, keep_weights=False)  # many runs' would fill a disk
+        light = override(train, keep_weights=False)  # many would fill a disk
         runs.create_run(folder, model, light, tokens_dir)
     is_over = False
     try:
@@ -84,8 +85,8 @@ def run_study(record: runs.Record, name: str, settings: Settings, tokens_dir: Pa
 
 def setting_id(model: ModelConfig, train: TrainConfig) -> str:
     """Name a setting by the hash of all its values."""
-    text = json.dumps([to_json(model), to_json(train)])
-    return "r" + hashlib.sha256(text.encode()).hexdigest()[:10]
+    text = json.dumps([to_json(model), to_json(train)]).encode()
+    return f"r{hashlib.sha256(text).hexdigest()[:10]}"
 
 
 def _row(folder: Path) -> dict[str, Any]:
@@ -119,7 +120,7 @@ def repeated(arms: Settings, seeds: tuple[int, ...]) -> Settings:
 
 
 def search(
-    train_all: Callable[[Settings], pd.DataFrame],
+    train_all: TrainAll,
     start: TrainConfig,
     coordinates: tuple[tuple[str, ...], ...],
     model: ModelConfig,
@@ -271,9 +272,7 @@ def _at_rates(train: TrainConfig, factor: float) -> TrainConfig:
     return scaled(train, rates, factor)
 
 
-def tune_sizes(
-    train_all: Callable[[Settings], pd.DataFrame], sizes: Settings, speeds: pd.Series, plan: Plan
-) -> pd.DataFrame:
+def tune_sizes(train_all: TrainAll, sizes: Settings, speeds: pd.Series, plan: Plan) -> pd.DataFrame:
     """Search the peak rates of both end sizes at the first time and the last but one.
 
     Four rows: n_params, seconds and the factor of the size's own rates, the vertex of a parabola
