@@ -125,10 +125,10 @@ class Records:
         curves = {name: analysis.smooth(curve, 0.025) for name, curve in found.items()}
         self.record.figure("arms", plots.compare_curves(curves), pd.concat(curves))
         points = study.iso_time_points(pd.read_csv(self.out / "sizes.csv"))
-        optima, draws = isotime.find_optima(points)
+        (optima, _), together = isotime.find_optima(points), isotime.fit_together(points)
         self.record.figure("iso_time", plots.iso_time(points, optima, {}), optima)
         seconds = {"3 h here": 10800.0, "3 h of an A100, by datasheets": 10800.0 * TO_A100}
-        told = {name: isotime.extrapolate(optima, draws, t) for name, t in seconds.items()}
+        told = {name: isotime.extrapolate(*together, t) for name, t in seconds.items()}
         runs.write_json(self.out / "three_hours.json", told)
 
 
