@@ -23,7 +23,6 @@ from llmlib import sizing, study
 MINUTES = {"a100": (1.0, 4.0), "smoke": (0.02, 0.1)}  # of each rate, and of each arm
 SIZES = ((6, 384), (8, 640), (12, 896), (14, 1280))  # 30 to 340 M parameters
 PLANS = {"a100": study.Plan(SIZES, (20.0, 40.0, 80.0), 60.0), "smoke": study.PLANS["smoke"]}
-TO_A100 = 312 / 989  # of an H100's speed, at equal MFU, by their datasheets
 
 
 def ten_steps(variant: bench.Variant) -> tuple[list[float], float]:
@@ -127,7 +126,8 @@ class Records:
         points = study.iso_time_points(pd.read_csv(self.out / "sizes.csv"))
         (optima, _), together = isotime.find_optima(points), isotime.fit_together(points)
         self.record.figure("iso_time", plots.iso_time(points, optima, {}), optima)
-        seconds = {"3 h here": 10800.0, "3 h of an A100, by datasheets": 10800.0 * TO_A100}
+        a100 = 10800.0 * sizing.PEAK_BF16_FLOPS_PER_S["A100"] / (self.peak or float("nan"))
+        seconds = {"3 h here": 10800.0, "3 h of an A100, at equal MFU by datasheets": a100}
         told = {name: isotime.extrapolate(*together, t) for name, t in seconds.items()}
         runs.write_json(self.out / "three_hours.json", told)
 
