@@ -107,13 +107,14 @@ def loss_by_time(figure: Figure, optima: pd.DataFrame, held_out: pd.DataFrame, l
 @styled
 def predicted_loss(figure: Figure, points: pd.DataFrame) -> None:
     """Show what all times but the longest predict for every run against what it measured."""
-    axes, last = figure.subplots(), points[points.seconds == points.seconds.max()]
+    axes = figure.subplots()
     for seconds, look in _looks_by_time(points).items():
-        part = points[points.seconds == seconds]
-        look["fillstyle"] = "none" if seconds == points.seconds.max() else "full"
-        axes.plot(part.loss, part.predicted, label=f"{seconds:g} s", **look)
-    for size, row in last.groupby("n_params")[["loss", "predicted"]].mean().iterrows():
-        axes.annotate(short_number(size), row, xytext=(6, -10), textcoords="offset points")
+        part, is_last = points[points.seconds == seconds], seconds == points.seconds.max()
+        look |= {"fillstyle": "none" if is_last else "full", "label": f"{seconds:g} s"}
+        axes.plot(part.loss, part.predicted, **look)
+    means = part.groupby("n_params")[["loss", "predicted"]].mean().dropna()  # of the last
+    for place, (size, row) in zip(cycle(((6, -10), (-12, 8))), means.iterrows(), strict=False):
+        axes.annotate(short_number(size), row, xytext=place, textcoords="offset points")
     axes.axline((points.loss.min(),) * 2, slope=1, **DOTTED)
     axes.set(xlabel="Measured loss [nats/token]", ylabel="Predicted loss [nats/token]")
     axes.set(title="Predicted against measured loss (hollow: held out, with its parameters)")
@@ -121,10 +122,7 @@ def predicted_loss(figure: Figure, points: pd.DataFrame) -> None:
 
 @styled
 def rate_grids(figure: Figure, table: pd.DataFrame, noise: float) -> None:
-    """Show loss by learning rate (``study.grids``), to half a nat above each grid's best.
-
-    The band is the noise of such a difference.
-    """
+    """Show loss by rate (``study.grids``), to half a nat above each grid's best; a band for the noise."""
     names = {"lr": "hidden matrices", "embed_lr": "embedding"}
     panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
     look = looks(table.optimizer.unique())
