@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from llmlib import runs, sizing
+from llmlib import runs, sizing, style
 from llmlib.__main__ import make_plan
 from llmlib.config import SCALES, override, recipe
 
@@ -64,19 +64,31 @@ def test_readmes_table_of_cards_is_computed():
         assert shown == " / ".join(map(str, fits)), gb
 
 
+def short(value):
+    return style.short_number(value).replace("k", " k").replace("M", " M")
+
+
 def test_readmes_results_are_those_of_the_records():
-    readme, laptop = (runs.ROOT / "README.md").read_text(), runs.ROOT / "runs" / "laptop"
-    found = runs.read_json(laptop / "04_recipe" / "summary.json")["found"]
-    gaps = [found[f"{arm} - AdamW, 2x128"] for arm in ("Muon", "winner2024")]
-    small = found["Muon - AdamW, 1x64"]
-    numbers = [f"{-gaps[0][key]:.3f}" for key in ("difference", "low", "high")]
-    numbers += [f"{-small[key]:.3f}" for key in ("difference", "low", "high")]
-    numbers += [f"{gaps[1]['difference']:.2f} above tuned AdamW"]
-    results = runs.read_json(laptop / "06_loss_curves" / "summary.json")["results"]
+    readme, folder = (runs.ROOT / "README.md").read_text(), runs.ROOT / "runs"
+    names = ("04_recipe", "06_loss_curves", "03_sizing", "05_full_run")
+    laptop = {name: runs.read_json(folder / "laptop" / name / "summary.json") for name in names}
+    found, ends = laptop["04_recipe"]["found"], ("", "_low", "_high")
+    numbers = [
+        f"{-found[f'Muon - AdamW, {shape}'][key]:.3f}"
+        for shape in ("2x128", "1x64")
+        for key in ("difference", "low", "high")
+    ]
+    gap = "{difference:.2f} above tuned AdamW ({low:.2f} to {high:.2f})"
+    numbers.append(gap.format(**found["winner2024 - AdamW, 2x128"]))
+    results = laptop["06_loss_curves"]["results"]
     numbers += [f"{row['loss']:.3f}" for row in results] + [f"{results[0]['bits_per_byte']:.3f}"]
-    sizing_found = runs.read_json(laptop / "03_sizing" / "summary.json")
-    best, predicted = sizing_found["optima"][-1], sizing_found["predicted_loss"]
-    numbers += [f"{best[f'n_params{end}'] / 1e3:.0f} k" for end in ("", "_low", "_high")]
-    numbers += [f"{predicted[end]:.3f}" for end in ("low", "high")]
-    numbers += [f"{runs.read_json(laptop / '05_full_run' / 'summary.json')['val_of_03']:.3f}"]
+    long = runs.read_json(folder / "laptop-long" / "03_sizing" / "summary.json")
+    check = {row["method"]: row for row in long["held_out"] if row["from_times_to"] == 45}
+    for answer in (laptop["03_sizing"]["found"], long["optima"][-1], check["together"]):
+        numbers += [short(answer[f"n_params{end}"]) for end in ends]
+    numbers += [f"{check['one by one']['loss_error']:.2f} nats too high"]
+    predicted, loss = laptop["03_sizing"]["predicted_loss"], laptop["05_full_run"]["val_of_03"]
+    place = "inside" if predicted["low"] <= loss <= predicted["high"] else "outside"
+    numbers += [f"{loss:.3f} is {place} its interval"]
+    numbers += ["({low:.3f} to {high:.3f})".format(**predicted)]
     assert [number for number in numbers if number not in readme] == []
