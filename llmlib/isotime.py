@@ -18,6 +18,7 @@ from scipy.optimize import least_squares
 from llmlib.sizing import PUBLISHED_FITS, fit_loss_surface
 
 FLOOR = PUBLISHED_FITS["Hoffmann et al. 2022"].E  # [nats/token]; of no weight far above it
+MOST_LOG = 700.0  # that a number can have
 NEAR = 4.0  # sizes that count beside the best, as a ratio to it
 Fit = Callable[..., tuple[pd.DataFrame, np.ndarray]]  # ``find_optima`` or ``fit_together``
 WIDEST_SIZE, WIDEST_E = 4.0, 1.0  # intervals (ratio; nats) beyond which an answer says nothing
@@ -55,7 +56,9 @@ def find_optima(
 
 
 def _tabulate(times: list[float], draws: np.ndarray) -> pd.DataFrame:
-    found = with_interval("n_params", np.exp(draws[:, 0])) | with_interval("loss", draws[:, 1])
+    found = with_interval("n_params", np.exp(draws[:, 0].clip(max=MOST_LOG))) | with_interval(
+        "loss", draws[:, 1]
+    )
     found["curvature"] = draws[:, 2, 0]
     note = np.where(np.isnan(found["n_params"]), "refused: no minimum inside its sizes", "")
     return pd.DataFrame({"seconds": times} | found | {"note": note})
@@ -163,7 +166,9 @@ def extrapolate(
             curvature = np.log(optima[:, 2].clip(1e-3))  # some samples have none
             loss = loss + np.exp(np.polyfit(log_t, curvature, 1)[1]) * off**2
             loss = loss if abs(off[0]) <= np.log(NEAR) else np.full_like(loss, np.nan)
-    found = with_interval("exponent", exponent) | with_interval("n_params", np.exp(log_n))
+    found = with_interval("exponent", exponent) | with_interval(
+        "n_params", np.exp(log_n.clip(max=MOST_LOG))
+    )
     return {k: float(v) for k, v in (found | with_interval("loss", loss)).items()}
 
 

@@ -77,7 +77,7 @@ def iso_time(figure: Figure, points: pd.DataFrame, optima: pd.DataFrame, marks: 
         axes.plot(part.n_params, part.loss, label=f"{seconds:g} s", **look)
     stand = optima.dropna(subset="n_params")
     for row in stand.itertuples():
-        far = np.linspace(-1, 1) * np.log(4)
+        far = np.linspace(-1, 1) * np.log(5)
         line = {"color": "black", "linewidth": 0.7, "linestyle": "-", "marker": ""}
         axes.plot(row.n_params * np.exp(far), row.loss + row.curvature * far**2, **line)
     bars = {"xerr": spread(stand, "n_params"), "fmt": "D--", "color": ORANGE, "capsize": 3}

@@ -131,7 +131,7 @@ def test_crash_before_or_after_any_rename_is_mended_by_the_next_run(
         os.replace,
         4 + (4 + 2) * 2 + 2,
     )  # six shards and their markers, among others
-    monkeypatch.setattr(runs, "environment", dict)  # which takes longer than all the rest
+    monkeypatch.setattr(runs, "environment", lambda _: {})  # which takes longer than all the rest
     for n in range(2 * n_renames + 1):
         moments, folder = itertools.count(), tmp_path / str(n)
 

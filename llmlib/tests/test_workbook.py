@@ -283,7 +283,7 @@ def test_full_run_without_02_takes_the_datasheets_peak_and_what_fits(
         ("gpu", "NVIDIA A100-SXM4-80GB", 85e9, 16, 312e12),
     ):
         here = {"device": device, "memory_bytes": memory}
-        monkeypatch.setattr(runs, "environment", lambda here=here: here)
+        monkeypatch.setattr(runs, "environment", lambda *_, here=here: here)
         run_cells("05_full_run", 6, scale="smoke", runs_dir=str(tmp_path), run_name=name)
         run = runs.read_run(tmp_path / name)
         assert (run.train.micro_batch, run.train.n_sequences) == (fits, 16)
