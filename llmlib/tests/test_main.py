@@ -8,6 +8,7 @@ import pytest
 from llmlib import runs, sizing, style
 from llmlib.__main__ import make_plan
 from llmlib.config import SCALES, override, recipe
+from llmlib.sizing import WRITE_UP
 
 
 def test_three_hours_of_an_a100_by_hand():
@@ -27,8 +28,12 @@ def test_three_hours_of_an_a100_by_hand():
     }
     assert plan.value[list(expected)].to_dict() == expected
     assert plan.known.str.match("measured|computed|assumed").all()
-    [disk] = re.findall(r"([\d.]+) GB of checkpoints", (runs.ROOT / "README.md").read_text())
-    assert disk == expected["checkpoints on disk [GB]"]
+    said = re.findall(
+        r"(\d+) GB to download.*?(\d+) GB of tokens.*?([\d.]+) GB of checkpoints",
+        (runs.ROOT / "README.md").read_text(),
+        re.DOTALL,
+    )
+    assert said == [tuple(expected[name] for name in expected if "[GB]" in name)]
     small = make_plan("a100", 3.0, "A100").set_index("quantity").value  # of 40 GB
     assert small["micro-batch that fits [sequences]"] == "64"
 
@@ -73,6 +78,7 @@ def test_readmes_results_are_those_of_the_records():
     readme, folder = (runs.ROOT / "README.md").read_text(), runs.ROOT / "runs"
     names = ("04_recipe", "06_loss_curves", "03_sizing", "05_full_run")
     laptop = {name: runs.read_json(folder / "laptop" / name / "summary.json") for name in names}
+    data_prep = runs.read_json(folder / "laptop" / "01_data_prep" / "summary.json")
     found, ends = laptop["04_recipe"]["found"], ("", "_low", "_high")
     numbers = [
         f"{-found[f'Muon - AdamW, {shape}'][key]:.3f}"
@@ -94,4 +100,8 @@ def test_readmes_results_are_those_of_the_records():
     assert ("missed its own check" in readme) == missed
     numbers += ["{loss:.3f} ({low:.3f} to {high:.3f})".format(**sizing_found["predicted_loss"])]
     numbers += [f"05 ended at {laptop['05_full_run']['val_of_03']:.3f}"]
-    assert [number for number in numbers if number not in readme] == []
+    laptop_scale, [train, _] = SCALES["laptop"], data_prep["splits"]
+    numbers += [f"{train['bytes'] / 1e6:.0f} MB of this machine's", f"{WRITE_UP[180e6]} nats/token"]
+    numbers += [f"a BPE of {laptop_scale.data.bpe_vocab_size:,} tokens".replace(",", " ")]
+    numbers += [f"{laptop_scale.model.n_layer} layers x {laptop_scale.model.d_model}"]
+    assert [number for number in numbers if number not in " ".join(readme.split())] == []
