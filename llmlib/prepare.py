@@ -45,8 +45,10 @@ def prepare(config: DataConfig, tokens_dir: Path) -> Marker:
 
 def _write_tokens(config: DataConfig, record: runs.Record) -> Marker:
     # The first visit pins what the corpus is, so that a resumed one reads the same.
-    source = record.cached_json("source", lambda: corpus.open_corpus(config).source)
-    texts = corpus.open_corpus(replace(config, revision=source.get("revision")))
+    begun = record.path / "source.json"
+    pinned = runs.read_json(begun).get("revision") if begun.exists() else None
+    texts = corpus.open_corpus(replace(config, revision=pinned or config.revision))
+    source = record.cached_json("source", lambda: texts.source)
     if texts.source != source:
         raise ValueError(
             f"the corpus {config.corpus!r} has changed since {record.path} was begun ({source} then, "
