@@ -13,6 +13,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -73,17 +74,15 @@ def n_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def environment(folder: Path = ROOT) -> dict[str, Any]:
-    """Describe where a run in a folder happens: device, processor, memory, versions, commit.
-
-    The processor's units decide its data type. A remark says what makes a measurement wrong.
-    """
+    """Describe where a run in a folder happens; a remark says what makes a measurement wrong."""
     import torch
 
     from llmlib import devices
 
     processor = re.search(r"Model name:\s*(.*)", subprocess.getoutput("LC_ALL=C lscpu"))
     bf16 = devices.ABILITIES["cpu"].has_bf16(torch.device("cpu"))
-    status, commit = subprocess.getstatusoutput(f"git -C '{ROOT}' describe --always --dirty")
+    git = f"git -C {shlex.quote(str(ROOT))} describe --always --dirty"
+    status, commit = subprocess.getstatusoutput(git)
     cores, threads = n_cores(), torch.get_num_threads()
     installed = {package.name: package for package in metadata.distributions()}
     ours = installed["llmlib"].requires if "llmlib" in installed else []
@@ -95,14 +94,13 @@ def environment(folder: Path = ROOT) -> dict[str, Any]:
         remarks.append(f"torch {version} is loaded; llmlib was tested with {pinned[1]}.")
     return {
         "device": devices.device_name(),
-        "n_devices": devices.n_accelerators() or 1,
         "memory_bytes": devices.memory_bytes(),
         "processor": processor[1] if processor else platform.machine(),
         "processor_units": torch.backends.cpu.get_cpu_capability() + (", BF16" if bf16 else ""),
         "n_cores": cores,
         "n_threads": threads,
         "ram_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "file_system": subprocess.getoutput(f"stat -f -c %T '{folder}'"),
+        "file_system": subprocess.getoutput(f"stat -f -c %T {shlex.quote(str(folder))}"),
         "system": platform.platform(),
         "python": platform.python_version(),
         "torch": version,
@@ -158,8 +156,8 @@ class Record:
             if differing := [f"{name}: {a!r} there, {b!r} here" for name, a, b in both if a != b]:
                 why = f"was made with another config ({'; '.join(differing):.600})"
                 over = "A finished run takes no more hours: its learning rate is at its last value."
-                hint = f" {over}" if read_result(path) else ""
-                raise ValueError(f"run {path.name} in {path.parent} {why}; {REMEDY}{hint}")
+                hint = f"{REMEDY} {over if read_result(path) else ''}"
+                raise ValueError(f"run {path.name} in {path.parent} {why}; {hint}")
         else:
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / "environment.json", environment(path))

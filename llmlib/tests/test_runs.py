@@ -46,7 +46,7 @@ def test_cores_are_those_of_the_containers_quota(tmp_path, monkeypatch):
         assert runs.n_cores(old) == n
 
 
-def test_environment_has_facts_and_remarks_on_what_makes_a_measurement_wrong(monkeypatch):
+def test_environment_has_facts_and_remarks_on_what_makes_a_measurement_wrong(monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     for n_cores, remarks in (
         (3, []),
@@ -58,6 +58,9 @@ def test_environment_has_facts_and_remarks_on_what_makes_a_measurement_wrong(mon
     monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
     assert runs.environment()["remarks"][-1].startswith("torch 2.6.0+cu124 is loaded; llmlib was")
     assert {"device", "processor", "commit", "file_system", "torch"} <= found.keys()
+    (odd := tmp_path / "it's").mkdir()
+    names = {runs.environment(folder)["file_system"] for folder in (tmp_path, odd)}
+    assert len(names) == 1
     assert found["ram_bytes"] > 2**28
     required = {"torch", "jupyter_client", "ipython", "pytest", "transformers"}
     assert all(found["packages"][name] == metadata.version(name) for name in required)
