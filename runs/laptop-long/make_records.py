@@ -1,9 +1,10 @@
-"""Make the long study behind notebook 04: make_records.py recipe, then refine, growth, one_rate
+"""Make the long study behind notebook 04: make_records.py recipe, refine, growth, one_rate, longer, depth
 
 "recipe" tunes every optimizer, judges the arms and builds `best` from ingredients. It found AdamW's
 best rate for the norm gains a hundred times above where Muon's search had begun, so "refine" begins
 Muon's there too. "growth" asks whether the gain of `best` holds as models grow, "one_rate" what the
-winner's AdamW does with its one rate tuned. A part that was stopped goes on from its tables below
+winner's AdamW does with its one rate tuned, "longer" what 40 s change, "depth" whether deeper is
+better at equal parameters. A part that was stopped goes on from its tables below
 this folder; another commit, processor or corpus is refused. (03_sizing is notebook 03 with
 parameters of its own.) NorMuon, cautious decay, momentum warm-up, a power-law cool-down and averaged
 weights gained nothing and are gone from llmlib; the commit that the tables name has them.
@@ -19,11 +20,16 @@ import pandas as pd
 from llmlib import bench, config, data, prepare, runs, study
 from llmlib.sizing import count_params
 
-HERE, SECONDS = Path(__file__).parent, 12.0
+HERE, SECONDS, LONGER = Path(__file__).parent, 12.0, 40.0
 BASE = config.fit_vocabulary(config.get_scale("laptop"), 4096)
 SHAPES = {"1x32": (1, 32), "1x64": (1, 64), "1x96": (1, 96), "2x128": (2, 128), "3x160": (3, 160)}
+SHAPES |= {"1x160": (1, 160), "5x96": (5, 96)}  # as many parameters as 2x128, within 3 %
 MAIN, SECOND, GROWTH = "2x128", "1x64", ("1x32", "1x96", "3x160")
-RATIO = 5  # tokens per parameter of "growth"
+RATIO = 10  # tokens per parameter of "growth"
+WIDER = ("1x96", "3x160")  # where searches begin at half the rates
+DEPTHS = ("5x96", "2x128", "1x160")
+WINNERS = {"winner2024 as published": {"schedule": "one_cycle_unfinished"}, "winner2024": {}}
+WINNERS = {name: config.override(BASE.train, **changes) for name, changes in WINNERS.items()}
 IMPROVED = {"AdamW": "AdamW tuned", "Muon": "best"}
 FIELDS = (("lr",), ("embed_lr",), ("vector_lr",), ("micro_batch",), ("lr",))
 Names = tuple[tuple[str, ...], ...]
@@ -46,6 +52,14 @@ CANDIDATES = TO_ZERO | {
 }
 
 
+LONG_RUN_CANDIDATES = {
+    "split cool-down": {"schedule": "wsd", "cooldown": 0.8, "rest_cooldown": 0.4, "final_lr": 0.0},
+    "cool-down of 80 %": {"schedule": "wsd", "cooldown": 0.8, "final_lr": 0.0},
+    "look-ahead": {"look_ahead": 0.6},
+    "shorter look-ahead": {"look_ahead": 0.6, "look_ahead_decay": 0.97},
+}
+
+
 def shaped(shape: str, train: config.TrainConfig) -> study.Setting:
     n_layer, d_model = SHAPES[shape]
     return config.resize(BASE.model, arch="llama", n_layer=n_layer, d_model=d_model), train
@@ -56,26 +70,29 @@ def step_name(model: config.ModelConfig, train: config.TrainConfig) -> str:
     return f"{model.n_layer}x{model.d_model} {optimizer}, batch {train.micro_batch}"
 
 
+KINDS = [{"optimizer": o} for o in ("adamw", "muon", "sophia")]
+KINDS += [{"micro_batch": n} for n in (1, 2, 4, 16)]
+
+
 class Study:
     """A record of runs; each gets the tokens that its speed, measured before all, buys in SECONDS."""
 
-    def __init__(self, name: str, *shapes: str):
+    def __init__(self, name: str, *shapes: str, kinds=KINDS, seconds: float = SECONDS):
+        self.seconds = seconds
         self.tokens_dir = HERE.parent / "local" / "laptop-long" / "tokens"
         if not (self.tokens_dir / "manifest.json").exists():
             prepare.prepare(BASE.data, self.tokens_dir)
         about = {key: runs.environment()[key] for key in ("commit", "processor", "n_threads")}
         windows = data.eval_windows(self.tokens_dir, "val", BASE.model.seq_len)
         self.record = runs.Record(
-            HERE / name, about | {"seconds": SECONDS, "val_sha256": data.sha256(windows)}
+            HERE / name, about | {"seconds": seconds, "val_sha256": data.sha256(windows)}
         )
-        kinds = [{"optimizer": o} for o in ("adamw", "muon", "sophia")]
-        kinds += [{"micro_batch": n} for n in (1, 2, 4, 16)]
         settings = [shaped(s, config.override(BASE.train, **k)) for s in shapes for k in kinds]
         steps = [bench.Variant(step_name(*setting), *setting) for setting in settings]
         if steps:
             turns = {"n_processes": 1, "n_rounds": 3, "n_steps": 10}
             self.record.cached_table("speeds", lambda: bench.measure(steps, **turns))
-        table = pd.read_csv(HERE / "04_recipe" / "speeds.csv")
+        table = pd.read_csv(HERE / (name if steps else "04_recipe") / "speeds.csv")
         n_tokens = table.micro_batch * BASE.model.seq_len
         self.step_seconds = dict(zip(table.name, n_tokens / table.tokens_per_s, strict=True))
 
@@ -86,10 +103,10 @@ class Study:
         own, less, more = (self.step_seconds[step_name(model, t)] for t in (*adamw, at_8))
         return train.micro_batch * model.seq_len / (own + more - less)
 
-    def train(self, name: str, arms: study.Settings, seeds=(0,), seconds=SECONDS) -> pd.DataFrame:
+    def train(self, name: str, arms: study.Settings, seeds=(0,), share=1.0) -> pd.DataFrame:
         """Train arms with all seeds; rows of the named table."""
         settings = {
-            label: study.in_time(setting, self.speed(*setting), seconds)
+            label: study.in_time(setting, self.speed(*setting), share * self.seconds)
             for label, setting in study.repeated(arms, seeds).items()
         }
         return study.run_study(self.record, name, settings, self.tokens_dir)
@@ -98,6 +115,21 @@ class Study:
         """Find the best rates of an arm at a shape."""
         model, _ = shaped(shape, start)
         return study.search(partial(self.train, f"tuning_{shape}"), start, coordinates, model)
+
+    def search_both(self, shape: str) -> study.Settings:
+        """Find the rates of AdamW tuned and best at a shape, a factor of two around the study's."""
+        found, tries = {}, {}
+        for name in IMPROVED.values():
+            start = read_arm("04_refine" if name == "best" else "04_recipe", name)
+            start = study.scaled(start, ("lr", "embed_lr"), 0.5 if shape in WIDER else 1.0)
+            found[name] = shaped(shape, start)
+            near = {f: study.scaled(start, ("lr", "embed_lr"), f) for f in (0.5, 1.0, 2.0)}
+            tries |= {f"{name} {f}": shaped(shape, train) for f, train in near.items()}
+        self.train(f"tuning_{shape}", tries)  # those of both at once; the searches find them there
+        return {
+            name: shaped(shape, self.search(train, (("lr", "embed_lr"),), shape))
+            for name, (_, train) in found.items()
+        }
 
     def improve(
         self, name: str, base: config.TrainConfig, changes: dict[str, dict]
@@ -124,8 +156,7 @@ class Study:
 def recipe() -> None:
     """Tune, screen, confirm, leave one out, compare."""
     part, one_by_one = Study("04_recipe", MAIN, SECOND), FIELDS[:3]
-    arms = {"winner2024 as published": config.override(BASE.train, schedule="one_cycle_unfinished")}
-    arms |= {"winner2024": BASE.train}
+    arms = dict(WINNERS)
     for name, start in STARTS.items():
         own = FIELDS if name in IMPROVED else one_by_one if "embed_lr" in start else FIELDS[:1]
         arms[name] = part.search(config.override(BASE.train, **start), own)
@@ -146,7 +177,7 @@ def recipe() -> None:
         part.train(f"arms_{shape}", {k: shaped(shape, v) for k, v in found.items()}, range(11, 16))
     finals = {name: shaped(MAIN, arms[name]) for name in IMPROVED.values()}
     for share in (0.25, 0.5):  # the whole is among the arms
-        part.train(f"budget_{share:g}", finals, (11, 12, 13), share * SECONDS)
+        part.train(f"budget_{share:g}", finals, (11, 12, 13), share)
 
 
 def refine() -> None:
@@ -161,20 +192,42 @@ def refine() -> None:
 
 
 def read_arm(part: str, name: str) -> config.TrainConfig:
-    return config.TrainConfig(**runs.read_json(HERE / part / f"{name}.json"))
+    values, known = runs.read_json(HERE / part / f"{name}.json"), config.TrainConfig().__dict__
+    return config.TrainConfig(**{key: value for key, value in values.items() if key in known})
 
 
-def growth() -> None:
+def growth(*shapes: str) -> None:
     """Compare AdamW tuned and best at equal tokens per parameter, with rates checked at each size."""
     part = Study("04_growth")
-    for shape in GROWTH:
+    for shape in shapes or GROWTH:
         n_tokens = RATIO * count_params(shaped(shape, BASE.train)[0])
         part.speed = lambda *_, n=n_tokens: n / SECONDS
-        found = {}
-        for name in IMPROVED.values():
-            start = read_arm("04_refine" if name == "best" else "04_recipe", name)
-            found[name] = shaped(shape, part.search(start, (("lr", "embed_lr"),), shape))
+        found = part.search_both(shape)
         part.train("growth", {f"{shape} {k}": v for k, v in found.items()}, (21, 22, 23))
+
+
+def longer() -> None:
+    """Repeat the arms with more than three times the time, and try what asks for longer runs."""
+    part = Study("04_longer", seconds=LONGER)
+    for shape in (MAIN, SECOND):
+        arms = part.search_both(shape)
+        if shape == MAIN:
+            arms |= {k: shaped(MAIN, v) for k, v in WINNERS.items()}
+        part.train(f"longer_{shape}", arms, range(31, 36))
+    for name, (_, base) in part.search_both(MAIN).items():
+        part.improve(f"longer_{name}", base, LONG_RUN_CANDIDATES)
+
+
+def depth() -> None:
+    """Try the write-up's claim, deeper is better, at equal parameters: equal tokens, equal time."""
+    kinds = [{}, {"optimizer": "muon"}]
+    part = Study("04_depth", *DEPTHS, kinds=kinds, seconds=LONGER)
+    own, recipes = part.speed, {"winner2024": BASE.train, "best": read_arm("04_refine", "best")}
+    for name, train in recipes.items():
+        arms = {shape: shaped(shape, train) for shape in DEPTHS}
+        for budget, speed in (("time", own), ("tokens", lambda *_, at=own(*arms[MAIN]): at)):
+            part.speed = speed
+            part.train(f"depth_{name}_equal_{budget}", arms, (41, 42, 43))
 
 
 def one_rate() -> None:
@@ -187,5 +240,9 @@ def one_rate() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("recipe", "refine", "growth", "one_rate"))
-    globals()[parser.parse_args().part]()
+    parser.add_argument(
+        "part", choices=("recipe", "refine", "growth", "one_rate", "longer", "depth")
+    )
+    parser.add_argument("shapes", nargs="*", help="of growth")
+    options = parser.parse_args()
+    globals()[options.part](*options.shapes)
