@@ -1,4 +1,4 @@
-"""Make the long study behind notebook 04: make_records.py recipe, refine, growth, one_rate, longer, depth
+"""Make the long study behind notebook 04: make_records.py recipe, refine, growth, growth_large, one_rate, longer, depth
 
 "recipe" tunes every optimizer, judges the arms and builds `best` from ingredients. It found AdamW's
 best rate for the norm gains a hundred times above where Muon's search had begun, so "refine" begins
@@ -24,8 +24,9 @@ HERE, SECONDS, LONGER = Path(__file__).parent, 12.0, 40.0
 BASE = config.fit_vocabulary(config.get_scale("laptop"), 4096)
 SHAPES = {"1x32": (1, 32), "1x64": (1, 64), "1x96": (1, 96), "2x128": (2, 128), "3x160": (3, 160)}
 SHAPES |= {"1x160": (1, 160), "5x96": (5, 96)}  # as many parameters as 2x128, within 3 %
-MAIN, SECOND, GROWTH = "2x128", "1x64", ("1x32", "1x96", "3x160")
-RATIO = 10  # tokens per parameter of "growth"
+MAIN, SECOND = "2x128", "1x64"
+GROWTH = {"04_growth": ("1x32", "1x96"), "04_growth_large": ("3x160",)}
+RATIO = 5  # tokens per parameter of "growth"
 WIDER = ("1x96", "3x160")  # where searches begin at half the rates
 DEPTHS = ("5x96", "2x128", "1x160")
 WINNERS = {"winner2024 as published": {"schedule": "one_cycle_unfinished"}, "winner2024": {}}
@@ -196,10 +197,10 @@ def read_arm(part: str, name: str) -> config.TrainConfig:
     return config.TrainConfig(**{key: value for key, value in values.items() if key in known})
 
 
-def growth(*shapes: str) -> None:
+def growth(name: str = "04_growth") -> None:
     """Compare AdamW tuned and best at equal tokens per parameter, with rates checked at each size."""
-    part = Study("04_growth")
-    for shape in shapes or GROWTH:
+    part = Study(name)
+    for shape in GROWTH[name]:
         n_tokens = RATIO * count_params(shaped(shape, BASE.train)[0])
         part.speed = lambda *_, n=n_tokens: n / SECONDS
         found = part.search_both(shape)
@@ -221,13 +222,17 @@ def longer() -> None:
 def depth() -> None:
     """Try the write-up's claim, deeper is better, at equal parameters: equal tokens, equal time."""
     kinds = [{}, {"optimizer": "muon"}]
-    part = Study("04_depth", *DEPTHS, kinds=kinds, seconds=LONGER)
+    part = Study("04_depth", *DEPTHS, kinds=kinds)
     own, recipes = part.speed, {"winner2024": BASE.train, "best": read_arm("04_refine", "best")}
     for name, train in recipes.items():
         arms = {shape: shaped(shape, train) for shape in DEPTHS}
         for budget, speed in (("time", own), ("tokens", lambda *_, at=own(*arms[MAIN]): at)):
             part.speed = speed
             part.train(f"depth_{name}_equal_{budget}", arms, (41, 42, 43))
+
+
+def growth_large() -> None:
+    growth("04_growth_large")
 
 
 def one_rate() -> None:
@@ -241,8 +246,7 @@ def one_rate() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "part", choices=("recipe", "refine", "growth", "one_rate", "longer", "depth")
+        "part",
+        choices=("recipe", "refine", "growth", "growth_large", "one_rate", "longer", "depth"),
     )
-    parser.add_argument("shapes", nargs="*", help="of growth")
-    options = parser.parse_args()
-    globals()[options.part](*options.shapes)
+    globals()[parser.parse_args().part]()
