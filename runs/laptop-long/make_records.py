@@ -1,13 +1,14 @@
-"""Make the long study behind notebook 04: make_records.py recipe, refine, growth, growth_large, one_rate, longer, depth
+"""Make the long study behind notebook 04: make_records.py PART
 
 "recipe" tunes every optimizer, judges the arms and builds `best` from ingredients. It found AdamW's
 best rate for the norm gains a hundred times above where Muon's search had begun, so "refine" begins
-Muon's there too. "growth" asks whether the gain of `best` holds as models grow, "one_rate" what the
-winner's AdamW does with its one rate tuned, "longer" what 40 s change, "depth" whether deeper is
-better at equal parameters. A part that was stopped goes on from its tables below
-this folder; another commit, processor or corpus is refused. (03_sizing is notebook 03 with
-parameters of its own.) NorMuon, cautious decay, momentum warm-up, a power-law cool-down and averaged
-weights gained nothing and are gone from llmlib; the commit that the tables name has them.
+Muon's there too. "candidates" tries two more ingredients, "growth" and "growth_large" ask whether the
+gain of `best` holds as models grow, "one_rate" what the winner's AdamW does with its one rate tuned,
+"longer" what 40 s change, "depth" whether deeper is better at equal parameters. A part that was
+stopped goes on from its tables below this folder; another commit, processor or corpus is refused.
+(03_sizing is notebook 03 with parameters of its own.) NorMuon, cautious decay, momentum warm-up, a
+power-law cool-down, averaged weights, a split cool-down and look-ahead gained nothing and are gone
+from llmlib; the commit that the tables name has them.
 """
 
 import argparse
@@ -53,7 +54,7 @@ CANDIDATES = TO_ZERO | {
 }
 
 
-LONG_RUN_CANDIDATES = {
+LATER_CANDIDATES = {
     "split cool-down": {"schedule": "wsd", "cooldown": 0.8, "rest_cooldown": 0.4, "final_lr": 0.0},
     "cool-down of 80 %": {"schedule": "wsd", "cooldown": 0.8, "final_lr": 0.0},
     "look-ahead": {"look_ahead": 0.6},
@@ -208,15 +209,21 @@ def growth(name: str = "04_growth") -> None:
 
 
 def longer() -> None:
-    """Repeat the arms with more than three times the time, and try what asks for longer runs."""
+    """Repeat the arms with more than three times the time."""
     part = Study("04_longer", seconds=LONGER)
     for shape in (MAIN, SECOND):
         arms = part.search_both(shape)
         if shape == MAIN:
             arms |= {k: shaped(MAIN, v) for k, v in WINNERS.items()}
         part.train(f"longer_{shape}", arms, range(31, 36))
-    for name, (_, base) in part.search_both(MAIN).items():
-        part.improve(f"longer_{name}", base, LONG_RUN_CANDIDATES)
+
+
+def candidates() -> None:
+    """Try a split cool-down and look-ahead on both optimizers, as "recipe" tried the others."""
+    part = Study("04_candidates")
+    for base in IMPROVED:
+        start = read_arm("04_refine" if base == "Muon" else "04_recipe", IMPROVED[base])
+        part.improve(base.lower(), start, LATER_CANDIDATES)
 
 
 def depth() -> None:
@@ -243,10 +250,12 @@ def one_rate() -> None:
     part.train(f"one_rate_{MAIN}", {k: shaped(MAIN, v) for k, v in arms.items()}, range(11, 16))
 
 
+PARTS = ("recipe", "refine", "candidates", "growth", "growth_large", "one_rate", "longer", "depth")
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "part",
-        choices=("recipe", "refine", "growth", "growth_large", "one_rate", "longer", "depth"),
+        choices=PARTS,
     )
     globals()[parser.parse_args().part]()
