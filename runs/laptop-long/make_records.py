@@ -4,7 +4,7 @@
 best rate for the norm gains a hundred times above where Muon's search had begun, so "refine" begins
 Muon's there too. "candidates" tries two more ingredients, "growth" and "growth_large" ask whether the
 gain of `best` holds as models grow, "one_rate" what the winner's AdamW does with its one rate tuned,
-"longer" what 40 s change, "depth" whether deeper is better at equal parameters. A part that was
+"longer" what twice the time changes, "depth" whether deeper is better at equal parameters. A part that was
 stopped goes on from its tables below this folder; another commit, processor or corpus is refused.
 (03_sizing is notebook 03 with parameters of its own.) NorMuon, cautious decay, momentum warm-up, a
 power-law cool-down, averaged weights, a split cool-down and look-ahead gained nothing and are gone
@@ -21,7 +21,7 @@ import pandas as pd
 from llmlib import bench, config, data, prepare, runs, study
 from llmlib.sizing import count_params
 
-HERE, SECONDS, LONGER = Path(__file__).parent, 12.0, 40.0
+HERE, SECONDS, LONGER = Path(__file__).parent, 12.0, 24.0
 BASE = config.fit_vocabulary(config.get_scale("laptop"), 4096)
 SHAPES = {"1x32": (1, 32), "1x64": (1, 64), "1x96": (1, 96), "2x128": (2, 128), "3x160": (3, 160)}
 SHAPES |= {"1x160": (1, 160), "5x96": (5, 96)}  # as many parameters as 2x128, within 3 %
@@ -209,7 +209,7 @@ def growth(name: str = "04_growth") -> None:
 
 
 def longer() -> None:
-    """Repeat the arms with more than three times the time."""
+    """Repeat the arms with twice the time."""
     part = Study("04_longer", seconds=LONGER)
     for shape in (MAIN, SECOND):
         arms = part.search_both(shape)
@@ -227,15 +227,10 @@ def candidates() -> None:
 
 
 def depth() -> None:
-    """Try the write-up's claim, deeper is better, at equal parameters: equal tokens, equal time."""
-    kinds = [{}, {"optimizer": "muon"}]
-    part = Study("04_depth", *DEPTHS, kinds=kinds)
-    own, recipes = part.speed, {"winner2024": BASE.train, "best": read_arm("04_refine", "best")}
-    for name, train in recipes.items():
-        arms = {shape: shaped(shape, train) for shape in DEPTHS}
-        for budget, speed in (("time", own), ("tokens", lambda *_, at=own(*arms[MAIN]): at)):
-            part.speed = speed
-            part.train(f"depth_{name}_equal_{budget}", arms, (41, 42, 43))
+    """Try the write-up's claim, deeper is better, at equal parameters and equal time."""
+    part = Study("04_depth", *DEPTHS, kinds=[{}, {"optimizer": "muon"}], seconds=20.0)
+    for name, train in {"winner2024": BASE.train, "best": read_arm("04_refine", "best")}.items():
+        part.train(f"depth_{name}", {shape: shaped(shape, train) for shape in DEPTHS}, (41, 42, 43))
 
 
 def growth_large() -> None:
