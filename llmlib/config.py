@@ -134,9 +134,6 @@ class TrainConfig:
     warmup: float = 0.05  # share of the budget
     final_lr: float = 0.1  # share of the peak rate left on the last step
     cooldown: float = 0.5  # share of the budget, for "wsd" only
-    rest_cooldown: float | None = None  # of all but the hidden matrices; None: cooldown
-    look_ahead: float = 0.0  # EMA-Nesterov's step along its average; 0: none
-    look_ahead_decay: float = 0.99  # of that average
     zero_init: bool = False  # blocks start by adding nothing: output projections at zero
     seed: int = 0
     n_evals: int = 20  # validations over the whole budget

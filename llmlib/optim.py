@@ -84,32 +84,6 @@ class Muon(torch.optim.AdamW):
         super().step()
 
 
-def look_ahead(optimizer: torch.optim.Optimizer, config: TrainConfig, n_steps: int) -> None:
-    """Let an optimizer start each of n_steps ahead, along an average of its moves: EMA-Nesterov.
-
-    Where and how far follows the record with Muon in modded-nanogpt (arXiv:2605.25395): from 16 to
-    76 % of the run, by the learning rate's share.
-    """
-    take, params = optimizer.step, [p for group in optimizer.param_groups for p in group["params"]]
-
-    @torch.no_grad()
-    def step() -> None:
-        group = optimizer.param_groups[0]
-        n, before = group.get("n_taken", 0) + 1, group.get("ahead", 0.0)
-        start = [p.detach().clone() for p in params]
-        take()
-        averages = zero_state(optimizer, params, "average_move")
-        moves = torch._foreach_sub(params, start)
-        torch._foreach_add_(moves, averages, alpha=before)
-        torch._foreach_lerp_(averages, moves, 1 - config.look_ahead_decay)
-        is_on = 0.16 <= n / n_steps < 0.76
-        ahead = config.look_ahead * group["lr"] / group["peak_lr"] if is_on else 0.0
-        torch._foreach_add_(params, averages, alpha=ahead)
-        group |= {"n_taken": n, "ahead": ahead}
-
-    optimizer.step = step
-
-
 def zero_state(optimizer: torch.optim.Optimizer, params: list[Tensor], name: str) -> list[Tensor]:
     """List the state of that name of each parameter; it begins as zeros."""
     states = [optimizer.state[p] for p in params]

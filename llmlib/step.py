@@ -75,7 +75,7 @@ def train_step(
     tensor (2,) on the device. If either is not finite, the step is taken with a gradient of zero.
     """
     for group in optimizer.param_groups:
-        group["lr"] = group.get("share", lr_factor) * group["peak_lr"]
+        group["lr"] = lr_factor * group["peak_lr"]
     if getattr(optimizer, "hessian_is_due", False):
         with autocast(inputs.device, dtype):
             optimizer.estimate_hessian(model, inputs[:micro_batch])

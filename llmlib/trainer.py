@@ -9,7 +9,7 @@ import math
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from llmlib import checkpoint, data, devices, runs, step
 from llmlib.budget import KINDS, Budget
 from llmlib.model import build_model
-from llmlib.optim import build_optimizer, look_ahead
+from llmlib.optim import build_optimizer
 from llmlib.schedule import lr_factor
 from llmlib.sizing import count_params, flops_per_token
 
@@ -68,8 +68,6 @@ class Trainer:
         model = build_model(about.model, seed=config.seed, zero_init=config.zero_init)
         self.model = model.to(self.device)
         self.optimizer = build_optimizer(self.model, config, self.dtype)
-        if config.look_ahead:
-            look_ahead(self.optimizer, config, (config.budget_tokens or 0) // self.tokens_per_step)
         self.state = TrainState(config.micro_batch)
         self.saver = checkpoint.Saver(path / "checkpoints")
         self.log = runs.MetricLog(path, config.tracker)
@@ -117,10 +115,6 @@ class Trainer:
         if not self.is_warm:
             self.write("phase", text="compilation begins")
         state, factor = self.state, lr_factor(self.config, progress)
-        if self.config.rest_cooldown is not None:
-            rest = replace(self.config, cooldown=self.config.rest_cooldown)
-            for group in self.optimizer.param_groups[1:]:
-                group["share"] = lr_factor(rest, progress)
         loss, norm = self._try_step(inputs, targets, factor).tolist()
         seconds = self.budget.book("training" if self.is_warm else "compile")
         self.is_warm = True
