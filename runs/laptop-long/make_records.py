@@ -2,13 +2,12 @@
 
 "recipe" tunes every optimizer, judges the arms and builds `best` from ingredients. It found AdamW's
 best rate for the norm gains a hundred times above where Muon's search had begun, so "refine" begins
-Muon's there too. "candidates" tries two more ingredients, "growth" and "growth_large" ask whether the
-gain of `best` holds as models grow, "one_rate" what the winner's AdamW does with its one rate tuned,
-"longer" what twice the time changes, "depth" whether deeper is better at equal parameters. A part that was
-stopped goes on from its tables below this folder; another commit, processor or corpus is refused.
-(03_sizing is notebook 03 with parameters of its own.) NorMuon, cautious decay, momentum warm-up, a
-power-law cool-down, averaged weights, a split cool-down and look-ahead gained nothing and are gone
-from llmlib; the commit that the tables name has them.
+Muon's there too. "growth" and "growth_large" ask whether the gain of `best` holds as models grow,
+"one_rate" what the winner's AdamW does with its one rate tuned, "depth" whether wider models beat
+deeper ones of as many parameters. A part that was stopped goes on from its tables below this folder;
+another commit, processor or corpus is refused. (03_sizing is notebook 03 with parameters of its own.)
+NorMuon, cautious decay, momentum warm-up, a power-law cool-down and averaged weights gained nothing
+and are gone from llmlib; the commit that the tables name has them.
 """
 
 import argparse
@@ -21,7 +20,7 @@ import pandas as pd
 from llmlib import bench, config, data, prepare, runs, study
 from llmlib.sizing import count_params
 
-HERE, SECONDS, LONGER = Path(__file__).parent, 12.0, 24.0
+HERE, SECONDS = Path(__file__).parent, 12.0
 BASE = config.fit_vocabulary(config.get_scale("laptop"), 4096)
 SHAPES = {"1x32": (1, 32), "1x64": (1, 64), "1x96": (1, 96), "2x128": (2, 128), "3x160": (3, 160)}
 SHAPES |= {"1x160": (1, 160), "5x96": (5, 96)}  # as many parameters as 2x128, within 3 %
@@ -51,14 +50,6 @@ TO_ZERO = {  # schedules; of those that gain, the best
 CANDIDATES = TO_ZERO | {
     "zero-initialised projections": {"zero_init": True},
     "embedding without decay": {"embed_decay": 0.0},
-}
-
-
-LATER_CANDIDATES = {
-    "split cool-down": {"schedule": "wsd", "cooldown": 0.8, "rest_cooldown": 0.4, "final_lr": 0.0},
-    "cool-down of 80 %": {"schedule": "wsd", "cooldown": 0.8, "final_lr": 0.0},
-    "look-ahead": {"look_ahead": 0.6},
-    "shorter look-ahead": {"look_ahead": 0.6, "look_ahead_decay": 0.97},
 }
 
 
@@ -208,26 +199,8 @@ def growth(name: str = "04_growth") -> None:
         part.train("growth", {f"{shape} {k}": v for k, v in found.items()}, (21, 22, 23))
 
 
-def longer() -> None:
-    """Repeat the arms with twice the time."""
-    part = Study("04_longer", seconds=LONGER)
-    for shape in (MAIN, SECOND):
-        arms = part.search_both(shape)
-        if shape == MAIN:
-            arms |= {k: shaped(MAIN, v) for k, v in WINNERS.items()}
-        part.train(f"longer_{shape}", arms, range(31, 36))
-
-
-def candidates() -> None:
-    """Try a split cool-down and look-ahead on both optimizers, as "recipe" tried the others."""
-    part = Study("04_candidates")
-    for base in IMPROVED:
-        start = read_arm("04_refine" if base == "Muon" else "04_recipe", IMPROVED[base])
-        part.improve(base.lower(), start, LATER_CANDIDATES)
-
-
 def depth() -> None:
-    """Try the write-up's claim, deeper is better, at equal parameters and equal time."""
+    """Try the write-up's claim, wider beats deeper, at equal parameters and equal time."""
     part = Study("04_depth", *DEPTHS, kinds=[{}, {"optimizer": "muon"}], seconds=20.0)
     for name, train in {"winner2024": BASE.train, "best": read_arm("04_refine", "best")}.items():
         part.train(f"depth_{name}", {shape: shaped(shape, train) for shape in DEPTHS}, (41, 42, 43))
@@ -245,12 +218,8 @@ def one_rate() -> None:
     part.train(f"one_rate_{MAIN}", {k: shaped(MAIN, v) for k, v in arms.items()}, range(11, 16))
 
 
-PARTS = ("recipe", "refine", "candidates", "growth", "growth_large", "one_rate", "longer", "depth")
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "part",
-        choices=PARTS,
-    )
+    parts = ("recipe", "refine", "growth", "growth_large", "one_rate", "depth")
+    parser.add_argument("part", choices=parts)
     globals()[parser.parse_args().part]()
