@@ -62,7 +62,7 @@ def test_intervals_of_four_sizes_cover_about_nine_tenths(curve, fit):
         points = measure(curve, times=[2.0, 4.0, 8.0], sizes=FOUR, noise=0.02, seed=seed)
         is_kept = ~points.duplicated(["seconds", "n_params"])  # two seeds at one size and time
         is_kept |= (points.seconds == 2) & (points.n_params == FOUR[1])
-        table, draws = fit(points[is_kept], seed=seed)
+        table, draws = fit(points[is_kept])
         known = table.dropna(subset="n_params")
         hits += known.seconds.map(truth).between(known.n_params_low, known.n_params_high).tolist()
         far = isotime.extrapolate(table, draws, 32.0)
