@@ -61,10 +61,9 @@ class TransformersLlama(nn.Module):
 def with_layer_norms(config: ModelConfig) -> nn.Module:
     """Build our model with LayerNorm in place of RMSNorm."""
     model = build_model(config)
-    for parent in list(model.modules()):
-        for name, norm in parent.named_children():
-            if isinstance(norm, nn.RMSNorm):
-                setattr(parent, name, nn.LayerNorm(len(norm.weight), norm.eps, bias=False))
+    for name, norm in list(model.named_modules()):
+        if isinstance(norm, nn.RMSNorm):
+            model.set_submodule(name, nn.LayerNorm(config.d_model, norm.eps, bias=False))
     return model
 
 

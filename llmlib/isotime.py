@@ -45,11 +45,20 @@ def find_optima(points: pd.DataFrame, *, n_samples: int = 1000) -> tuple[pd.Data
     chi-square over its degrees of freedom: Student's t, wide where few runs tell the variance.
     """
     rng, times = np.random.default_rng(0), points.groupby("seconds")
-    fits = [_fit_parabola(part) for _, part in times]
-    squares = np.cumsum(sum(squares for *_, squares in fits), axis=0)
-    variance, freedom = max(((s / n, n) for s, n in squares if n), default=(np.nan, 1))
+    fits = zip(*(_fit_parabola(part) for _, part in times), strict=True)
+    spans, constants, unscaled, squares = map(np.array, fits)
+    sums = np.cumsum(sum(squares), axis=0)
+    variance, freedom = max(((s / n, n) for s, n in sums if n), default=(np.nan, 1))
     errors = (variance * freedom / rng.chisquare(freedom, n_samples)) ** 0.5
-    draws = np.array([_find_vertices(*fit, errors, rng) for *fit, _ in fits])
+    noise = np.linalg.cholesky(unscaled) @ rng.normal(size=(len(times), 3, n_samples)) * errors
+    noise = np.pad(noise, [(0, 0), (0, 0), (1, 0)])  # none in the fit itself
+    c, b, a = np.moveaxis(constants[:, :, None] + noise, 1, 0)
+    middle, low, high = spans.T[:, :, None]
+    edge = np.where((c * low + b) * low < (c * high + b) * high, low, high)
+    vertex = np.where(c <= 0, edge, -b / (2 * c))
+    is_inside, vertex = (low < vertex) & (vertex < high), vertex.clip(low, high)
+    draws = np.stack([vertex + middle, (c * vertex + b) * vertex + a, c], axis=1)
+    draws[~is_inside[:, 0]] = np.nan
     return _tabulate(list(times.groups), draws), draws
 
 
@@ -106,35 +115,23 @@ def _near(part: pd.DataFrame) -> pd.Series:
     return means[is_inside & (ratio <= max(NEAR, *np.sort(ratio)[:4]))]
 
 
-def _fit_parabola(part: pd.DataFrame) -> tuple[pd.Series, np.ndarray, np.ndarray, np.ndarray]:
+def _fit_parabola(part: pd.DataFrame) -> tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]:
     """Fit one time's runs of the sizes that ``_near`` takes.
 
-    Returns their log N, the constants (NaN if the best size is at an edge) and their covariance but
-    for the variance, and sums of squares with degrees of freedom: misfit, between seeds.
+    Returns the mean of their log N and from there the ends; the constants and their covariance but
+    for the variance; sums of squares with degrees of freedom: misfit, between seeds. NaN if ``_near``
+    takes none.
     """
-    means, log_n = _near(part), np.log(part.n_params)
+    means, nothing = _near(part), np.full(3, np.nan)
     if means.empty:
-        return log_n, np.full(3, np.nan), np.eye(3), np.zeros((2, 2))
+        return nothing, nothing, np.eye(3), np.zeros((2, 2))
     near = part[part.n_params.isin(means.index)]
-    x, mean = log_n[near.index], near.n_params.map(means)
-    constants, unscaled = np.polyfit(x - x.mean(), near.loss, 2, cov="unscaled")
-    misfit = ((mean - np.polyval(constants, x - x.mean())) ** 2).sum(), x.nunique() - 3
+    log_n, mean = np.log(near.n_params), near.n_params.map(means)
+    x = log_n - log_n.mean()
+    constants, unscaled = np.polyfit(x, near.loss, 2, cov="unscaled")
+    misfit = ((mean - np.polyval(constants, x)) ** 2).sum(), x.nunique() - 3
     between_seeds = ((near.loss - mean) ** 2).sum(), len(x) - x.nunique()
-    return x, constants, unscaled, np.array([misfit, between_seeds])
-
-
-def _find_vertices(
-    x: pd.Series, constants: np.ndarray, unscaled: np.ndarray, errors: np.ndarray, rng: Any
-) -> np.ndarray:
-    """Find the vertex of one time's parabola and of its samples; NaN if it is refused."""
-    noise = np.linalg.cholesky(unscaled) @ rng.normal(size=(3, len(errors))) * errors
-    c, b, a = constants[:, None] + np.hstack([np.zeros((3, 1)), noise])
-    low, high = x.min() - x.mean(), x.max() - x.mean()
-    edge = np.where((c * low + b) * low < (c * high + b) * high, low, high)
-    vertex = np.where(c <= 0, edge, -b / (2 * c))
-    is_inside, vertex = low < vertex[0] < high, vertex.clip(low, high)
-    found = np.array([vertex + x.mean(), (c * vertex + b) * vertex + a, c])
-    return found if is_inside else np.full_like(found, np.nan)
+    return (log_n.mean(), x.min(), x.max()), constants, unscaled, (misfit, between_seeds)
 
 
 def extrapolate(

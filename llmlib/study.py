@@ -23,6 +23,7 @@ from llmlib.sizing import count_params
 
 Setting = tuple[ModelConfig, TrainConfig]
 Settings = dict[str, Setting]
+Names = tuple[str, ...]  # of fields of TrainConfig
 TrainAll = Callable[[Settings], pd.DataFrame]  # gives a loss to each setting
 Factors = Callable[[float, float], float]  # of the peak rates, by parameters and time [s]
 
@@ -117,18 +118,13 @@ def repeated(arms: Settings, seeds: tuple[int, ...]) -> Settings:
     }
 
 
-def search(
-    train_all: TrainAll,
-    start: TrainConfig,
-    coordinates: tuple[tuple[str, ...], ...],
-    model: ModelConfig,
-) -> TrainConfig:
+def search(train_all: TrainAll, start: Setting, coordinates: Iterable[Names]) -> TrainConfig:
     """Find the best setting on grids by factors of two, coordinate by coordinate.
 
     The settings named together in a coordinate are scaled together. A grid is extended until its
     best is inside. ``train_all`` gives a loss to each setting; a failed run (NaN) is the worst.
     """
-    best = start
+    model, best = start
     for names in coordinates:
         losses, factors = pd.Series(dtype=float), [0.5, 1.0, 2.0]
         while [*losses.index] != factors:
@@ -149,7 +145,7 @@ def _wider(losses: pd.Series) -> list[float]:
     return sorted(factors + beyond)
 
 
-def scaled(train: TrainConfig, names: Iterable[str], factor: float) -> TrainConfig:
+def scaled(train: TrainConfig, names: Names, factor: float) -> TrainConfig:
     """Multiply settings by a factor, counts to whole numbers; a rate that is not given stays so."""
     given = {name: getattr(train, name) for name in names if getattr(train, name) is not None}
     return override(train, **{name: type(v)(v * factor) for name, v in given.items()})
@@ -177,7 +173,7 @@ def differences(table: pd.DataFrame, base: str, *, is_pooled: bool = True) -> pd
     return found.rename_axis("arm").reset_index()
 
 
-def grids(table: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
+def grids(table: pd.DataFrame, names: Names) -> pd.DataFrame:
     """Take from a search's rows the best grid of each optimizer over each of the named settings.
 
     A grid is three rows or more that differ in nothing else. Adds ``setting``, ``factor`` (to the
