@@ -1,7 +1,5 @@
 """Variants compute what they claim to, and tables say what was measured."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest

@@ -92,12 +92,9 @@ def test_gpt2_logits_equal_transformers(tokens):
 def test_real_rope_equals_the_complex_formulation():
     seq_len, d_head = 40, 16
     x = torch.randn(2, 3, seq_len, d_head, dtype=torch.float64)
-    pairs = torch.complex(*x.chunk(2, dim=-1))
     frequency = 10_000.0 ** -(torch.arange(0, d_head, 2, dtype=torch.float64) / d_head)
-    turned = pairs * torch.polar(
-        torch.ones(seq_len, d_head // 2, dtype=torch.float64),
-        torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency),
-    )
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)
+    turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
     expected = torch.cat((turned.real, turned.imag), dim=-1)
     rope = rope_table(seq_len, d_head, 10_000.0)
     assert torch.allclose(rotate(x, rope.double()), expected, atol=1e-5)
