@@ -273,10 +273,8 @@ def _time_datasets_map(done: Path) -> float:
     path, how = done / "flat.bin", {"num_proc": runs.n_cores(), "load_from_cache_file": False}
     table = datasets.Dataset.from_generator(texts, cache_dir=done / "cache", fingerprint="texts")
     started = time.perf_counter()
-    table = table.map(encode, remove_columns=["text"], **how)
-    with open(path, "wb") as file:
-        for rows in table.with_format("numpy").iter(1024):
-            np.concatenate(rows["ids"]).astype(manifest["dtype"]).tofile(file)
+    table = table.map(encode, remove_columns=["text"], **how).with_format("numpy")
+    np.concatenate(table[:]["ids"]).astype(manifest["dtype"]).tofile(path)
     seconds = time.perf_counter() - started
     n_tokens = analysis.split_table(manifest).tokens.sum()
     assert path.stat().st_size == n_tokens * np.dtype(manifest["dtype"]).itemsize
