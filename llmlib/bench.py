@@ -35,11 +35,9 @@ from llmlib.optim import build_optimizer
 from llmlib.sizing import count_params, step_memory
 
 DEEPER = {"smoke": (7, 32), "laptop": (5, 96), "a100": (20, 768)}  # layers and width: N as ours
-TURNS = {  # processes, rounds in each, and timed steps of each variant in a round
-    "smoke": {"n_processes": 2, "n_rounds": 1, "n_steps": 1},
-    "laptop": {"n_processes": 3, "n_rounds": 5, "n_steps": 2},
-    "a100": {"n_processes": 3, "n_rounds": 5, "n_steps": 2},
-}
+# Processes, rounds in each, and timed steps of each variant in a round.
+TURNS = {k: {"n_processes": 3, "n_rounds": 5, "n_steps": 2} for k in ("laptop", "a100")}
+TURNS |= {"smoke": {"n_processes": 2, "n_rounds": 1, "n_steps": 1}}
 SQUARES = {"smoke": 256, "laptop": 2048, "a100": 8192}  # rows of the products that give the peak
 KINDS = {  # of work, by what the names of operators and kernels contain; the first match holds
     "matrix products": "::mm|::addmm|::bmm|gemm|mkl|cutlass|nvjet|xmma",
@@ -47,38 +45,6 @@ KINDS = {  # of work, by what the names of operators and kernels contain; the fi
     "optimizer and clipping": "adam|optimizer|foreach|multi_tensor|vector_norm",
     "elementwise, norms, loss": "fused|triton|compiled|aten::|elementwise|reduce",
 }
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A step to time: shape, settings, and what is changed about our model."""
-
-    name: str
-    model: ModelConfig
-    train: TrainConfig
-    change: str = ""  # "LayerNorm" or "transformers"
-    claim: float | None = None  # how many times as fast ours is by the write-up; 1: just faster
-
-
-def variants(model: ModelConfig, train: TrainConfig, scale: str) -> list[Variant]:
-    """Our step; with one thing changed; cut into other micro-batches; deeper at equal size."""
-    gpt2 = resize(model, arch="gpt2", n_layer=model.n_layer, d_model=model.d_model)
-    n_layer, d_model = DEEPER[scale]
-    deeper = resize(model, arch=model.arch, n_layer=n_layer, d_model=d_model)
-    found = [
-        Variant("ours", model, train),
-        Variant("not compiled", model, replace(train, compile=False), claim=1.15),
-        Variant("LayerNorm", model, train, "LayerNorm", claim=1.0),
-        Variant(f"deeper: {n_layer} x {d_model}", deeper, train, claim=1.0),
-        Variant("GPT-2", gpt2, train),
-    ]
-    if find_spec("transformers"):
-        found.append(Variant("transformers' Llama", model, train, "transformers"))
-    for size, claim in ((train.micro_batch // 2, 1.10), (2 * train.micro_batch, None)):
-        if size and train.n_sequences % size == 0:
-            cut = with_micro_batch(train, size)
-            found.append(Variant(f"micro-batch {size}", model, cut, claim=claim))
-    return found
 
 
 class TransformersLlama(nn.Module):
@@ -92,29 +58,57 @@ class TransformersLlama(nn.Module):
         return self.model(tokens, labels=targets, shift_labels=targets, use_cache=False).loss
 
 
-def build_variant(variant: Variant) -> nn.Module:
-    """Build a variant's model on the CPU, altered as it says."""
-    if variant.change == "transformers":
-        return TransformersLlama(variant.model)
-    model = build_model(variant.model)
-    for parent in list(model.modules()):
-        for name, norm in parent.named_children():
-            if variant.change == "LayerNorm" and isinstance(norm, nn.RMSNorm):
-                setattr(parent, name, nn.LayerNorm(len(norm.weight), norm.eps, bias=False))
+def with_layer_norms(config: ModelConfig) -> nn.Module:
+    """Build our model with LayerNorm in place of RMSNorm."""
+    model = build_model(config)
+    for name, norm in list(model.named_modules()):
+        if isinstance(norm, nn.RMSNorm):
+            model.set_submodule(name, nn.LayerNorm(config.d_model, norm.eps, bias=False))
     return model
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A step to time: shape, settings, and what builds the model on the CPU."""
+
+    name: str
+    model: ModelConfig
+    train: TrainConfig
+    build: Callable[[ModelConfig], nn.Module] = build_model
+    claim: float | None = None  # how many times as fast ours is by the write-up; 1: just faster
+
+
+def variants(model: ModelConfig, train: TrainConfig, scale: str) -> list[Variant]:
+    """Our step; with one thing changed; cut into other micro-batches; deeper at equal size."""
+    gpt2 = resize(model, arch="gpt2", n_layer=model.n_layer, d_model=model.d_model)
+    n_layer, d_model = DEEPER[scale]
+    deeper = resize(model, arch=model.arch, n_layer=n_layer, d_model=d_model)
+    found = [
+        Variant("ours", model, train),
+        Variant("not compiled", model, replace(train, compile=False), claim=1.15),
+        Variant("LayerNorm", model, train, with_layer_norms, claim=1.0),
+        Variant(f"deeper: {n_layer} x {d_model}", deeper, train, claim=1.0),
+        Variant("GPT-2", gpt2, train),
+    ]
+    if find_spec("transformers"):
+        found.append(Variant("transformers' Llama", model, train, TransformersLlama))
+    for size, claim in ((train.micro_batch // 2, 1.10), (2 * train.micro_batch, None)):
+        if size and train.n_sequences % size == 0:
+            cut = with_micro_batch(train, size)
+            found.append(Variant(f"micro-batch {size}", model, cut, claim=claim))
+    return found
 
 
 class TimedStep:
     """A variant's model, optimizer and batch on the device, compiled and ready to step."""
 
     def __init__(self, variant: Variant):
-        device, train = devices.pick_device(), variant.train
-        dtype, model = devices.compute_dtype(device, train.dtype), build_variant(variant).to(device)
+        config, train, device = variant.model, variant.train, devices.pick_device()
+        dtype, model = devices.compute_dtype(device, train.dtype), variant.build(config).to(device)
         self.model = devices.compile_model(model, device) if train.compile else model
-        tokens = torch.randint(
-            variant.model.vocab_size, (2, train.n_sequences, variant.model.seq_len), device=device
-        )
-        self.optimizer, self.inputs, self.targets = build_optimizer(model, train, dtype), *tokens
+        self.optimizer = build_optimizer(model, train, dtype)
+        shape = (2, train.n_sequences, config.seq_len)
+        self.inputs, self.targets = torch.randint(config.vocab_size, shape, device=device)
         self.how = {"micro_batch": train.micro_batch, "grad_clip": train.grad_clip, "dtype": dtype}
         torch.set_float32_matmul_precision("high")
         devices.keep_freed_memory()
@@ -222,9 +216,8 @@ def profile_step(variant: Variant, n_steps: int) -> pd.DataFrame:
         if (event.device_type == torch.autograd.DeviceType.CPU) == (where == "cpu")
     )
     holds = [events[0].str.contains(pattern) for pattern in KINDS.values()]
-    seconds = (
-        events[1].groupby(np.select(holds, list(KINDS), "")).sum().reindex(KINDS, fill_value=0.0)
-    )
+    by_kind = events[1].groupby(np.select(holds, list(KINDS), ""))
+    seconds = by_kind.sum().reindex(KINDS, fill_value=0.0)
     seconds["idle and other"] = max(0.0, wall - seconds.sum())
     table = seconds.rename_axis("kind").reset_index(name="seconds")
     return table.assign(share=table.seconds / table.seconds.sum())
@@ -280,10 +273,8 @@ def _time_datasets_map(done: Path) -> float:
     path, how = done / "flat.bin", {"num_proc": runs.n_cores(), "load_from_cache_file": False}
     table = datasets.Dataset.from_generator(texts, cache_dir=done / "cache", fingerprint="texts")
     started = time.perf_counter()
-    table = table.map(encode, remove_columns=["text"], **how)
-    with open(path, "wb") as file:
-        for rows in table.with_format("numpy").iter(1024):
-            np.concatenate(rows["ids"]).astype(manifest["dtype"]).tofile(file)
+    table = table.map(encode, remove_columns=["text"], **how).with_format("numpy")
+    np.concatenate(table[:]["ids"]).astype(manifest["dtype"]).tofile(path)
     seconds = time.perf_counter() - started
     n_tokens = analysis.split_table(manifest).tokens.sum()
     assert path.stat().st_size == n_tokens * np.dtype(manifest["dtype"]).itemsize

@@ -31,9 +31,7 @@ def with_interval(name: str, draws: np.ndarray) -> dict[str, Any]:
     return {name: draws.take(0, axis=-1), f"{name}_low": low, f"{name}_high": high}
 
 
-def find_optima(
-    points: pd.DataFrame, *, n_samples: int = 1000, seed: int = 0
-) -> tuple[pd.DataFrame, np.ndarray]:
+def find_optima(points: pd.DataFrame, *, n_samples: int = 1000) -> tuple[pd.DataFrame, np.ndarray]:
     """Read the best size of every time off a parabola in log N (Hoffmann et al. 2022, approach 2).
 
     ``points`` has seconds, n_params and loss of every run. Returns a table (seconds; n_params and
@@ -46,27 +44,32 @@ def find_optima(
     noise) or, if more, this and the variance between seeds together. Each draw divides it by
     chi-square over its degrees of freedom: Student's t, wide where few runs tell the variance.
     """
-    rng, times = np.random.default_rng(seed), points.groupby("seconds")
-    fits = [_fit_parabola(part) for _, part in times]
-    squares = np.cumsum(sum(squares for *_, squares in fits), axis=0)
-    variance, freedom = max(((s / n, n) for s, n in squares if n), default=(np.nan, 1))
+    rng, times = np.random.default_rng(0), points.groupby("seconds")
+    fits = zip(*(_fit_parabola(part) for _, part in times), strict=True)
+    spans, constants, unscaled, squares = map(np.array, fits)
+    sums = np.cumsum(sum(squares), axis=0)
+    variance, freedom = max(((s / n, n) for s, n in sums if n), default=(np.nan, 1))
     errors = (variance * freedom / rng.chisquare(freedom, n_samples)) ** 0.5
-    draws = np.array([_find_vertices(*fit, errors, rng) for *fit, _ in fits])
+    noise = np.linalg.cholesky(unscaled) @ rng.normal(size=(len(times), 3, n_samples)) * errors
+    noise = np.pad(noise, [(0, 0), (0, 0), (1, 0)])  # none in the fit itself
+    c, b, a = np.moveaxis(constants[:, :, None] + noise, 1, 0)
+    middle, low, high = spans.T[:, :, None]
+    edge = np.where((c * low + b) * low < (c * high + b) * high, low, high)
+    vertex = np.where(c <= 0, edge, -b / (2 * c))
+    is_inside, vertex = (low < vertex) & (vertex < high), vertex.clip(low, high)
+    draws = np.stack([vertex + middle, (c * vertex + b) * vertex + a, c], axis=1)
+    draws[~is_inside[:, 0]] = np.nan
     return _tabulate(list(times.groups), draws), draws
 
 
 def _tabulate(times: list[float], draws: np.ndarray) -> pd.DataFrame:
-    found = with_interval("n_params", np.exp(draws[:, 0].clip(max=MOST_LOG))) | with_interval(
-        "loss", draws[:, 1]
-    )
-    found["curvature"] = draws[:, 2, 0]
+    found = with_interval("n_params", np.exp(draws[:, 0].clip(max=MOST_LOG)))
+    found |= with_interval("loss", draws[:, 1]) | {"curvature": draws[:, 2, 0]}
     note = np.where(np.isnan(found["n_params"]), "refused: no minimum inside its sizes", "")
     return pd.DataFrame({"seconds": times} | found | {"note": note})
 
 
-def fit_together(
-    points: pd.DataFrame, *, n_samples: int = 1000, seed: int = 0
-) -> tuple[pd.DataFrame, np.ndarray]:
+def fit_together(points: pd.DataFrame, *, n_samples: int = 1000) -> tuple[pd.DataFrame, np.ndarray]:
     """Fit all times at once: one curvature, and log N* linear in log t. Returns as ``find_optima``.
 
     Five constants for two times and one more for each further, where parabolas of their own have
@@ -74,73 +77,61 @@ def fit_together(
     test_isotime, extrapolated intervals still covered, those of the minima too seldom.) Each size
     counts once, by its mean loss; times without a minimum inside are left out.
     """
-    parts = {t: part.groupby("n_params").loss.mean() for t, part in points.groupby("seconds")}
-    parts = {t: _near(means) for t, means in parts.items() if _is_inside(means)}
-    times, n = list(parts), sum(map(len, parts.values()))
-    if len(times) < 2 or (freedom := n - len(times) - 3) < 1:
-        return _tabulate([], (nothing := np.empty((0, 3, 1 + n_samples)))), nothing
-    x = np.concatenate([np.log(part.index) for part in parts.values()])
-    losses = np.concatenate([*parts.values()])
-    which = np.repeat(range(len(times)), [len(part) for part in parts.values()])
+    means = pd.concat({t: _near(part) for t, part in points.groupby("seconds")})
+    seconds, sizes = (means.index.get_level_values(level).to_numpy() for level in (0, 1))
+    times, which = np.unique(seconds, return_inverse=True)
+    freedom = len(means) - len(times) - 3
+    if len(times) < 2 or freedom < 1:
+        nothing = np.empty((0, 3, 1 + n_samples))
+        return _tabulate([], nothing), nothing
+    x, losses = np.log(sizes), means.to_numpy()
     log_t = np.log(times) - np.log(times).mean()
 
     def residuals(constants: np.ndarray) -> np.ndarray:
         middle, slope, curvature, *lowest = constants
-        return (
-            curvature * (x - middle - slope * log_t[which]) ** 2 + np.take(lowest, which) - losses
-        )
+        off = x - middle - slope * log_t[which]
+        return curvature * off**2 + np.take(lowest, which) - losses
 
-    fit = least_squares(residuals, [x.mean(), 0.5, 0.2, *(part.min() for part in parts.values())])
-    rng = np.random.default_rng(seed)
+    fit = least_squares(residuals, [x.mean(), 0.5, 0.2, *means.groupby(level=0).min()])
+    rng = np.random.default_rng(0)
     errors = (2 * fit.cost / rng.chisquare(freedom, n_samples)) ** 0.5
     noise = rng.normal(size=(len(fit.x), n_samples)) * errors
     noise = np.linalg.cholesky(np.linalg.inv(fit.jac.T @ fit.jac)) @ noise
     middle, slope, curvature, *lowest = fit.x[:, None] + np.hstack([0 * noise[:, :1], noise])
-    draws = np.array(
-        [(middle + slope * t, low, curvature) for t, low in zip(log_t, lowest, strict=True)]
-    )
+    minima = zip(log_t, lowest, strict=True)
+    draws = np.array([(middle + slope * t, low, curvature) for t, low in minima])
     return _tabulate(times, draws), draws
 
 
-def _is_inside(means: pd.Series) -> bool:
-    return means.idxmin() not in (means.index.min(), means.index.max())
+def _near(part: pd.DataFrame) -> pd.Series:
+    """Average one time's losses by size, within fourfold of the best, or of four sizes at least.
 
-
-def _near(means: pd.Series) -> pd.Series:
-    """Take the mean losses of sizes (the index) within fourfold of the best, or of four at least."""
-    ratio = np.maximum(means.index / means.idxmin(), means.idxmin() / means.index)
-    return means[ratio <= max(NEAR, *np.sort(ratio)[:4])]
-
-
-def _fit_parabola(part: pd.DataFrame) -> tuple[pd.Series, np.ndarray, np.ndarray, np.ndarray]:
-    """Fit one time's runs within fourfold of the best size, or of four sizes at least.
-
-    Returns their log N, the constants (NaN if the best size is at an edge) and their covariance but
-    for the variance, and sums of squares with degrees of freedom: misfit, between seeds.
+    None are left if the best size is at an edge.
     """
-    means, log_n = part.groupby("n_params").loss.mean(), np.log(part.n_params)
-    if not _is_inside(means):
-        return log_n, np.full(3, np.nan), np.eye(3), np.zeros((2, 2))
-    near = part[part.n_params.isin(_near(means).index)]
-    x, mean = log_n[near.index], near.n_params.map(means)
-    constants, unscaled = np.polyfit(x - x.mean(), near.loss, 2, cov="unscaled")
-    misfit = ((mean - np.polyval(constants, x - x.mean())) ** 2).sum(), x.nunique() - 3
+    means = part.groupby("n_params").loss.mean()
+    best = means.idxmin()
+    ratio = np.maximum(means.index / best, best / means.index)
+    is_inside = means.index[0] < best < means.index[-1]
+    return means[is_inside & (ratio <= max(NEAR, *np.sort(ratio)[:4]))]
+
+
+def _fit_parabola(part: pd.DataFrame) -> tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]:
+    """Fit one time's runs of the sizes that ``_near`` takes.
+
+    Returns the mean of their log N and from there the ends; the constants and their covariance but
+    for the variance; sums of squares with degrees of freedom: misfit, between seeds. NaN if ``_near``
+    takes none.
+    """
+    means, nothing = _near(part), np.full(3, np.nan)
+    if means.empty:
+        return nothing, nothing, np.eye(3), np.zeros((2, 2))
+    near = part[part.n_params.isin(means.index)]
+    log_n, mean = np.log(near.n_params), near.n_params.map(means)
+    x = log_n - log_n.mean()
+    constants, unscaled = np.polyfit(x, near.loss, 2, cov="unscaled")
+    misfit = ((mean - np.polyval(constants, x)) ** 2).sum(), x.nunique() - 3
     between_seeds = ((near.loss - mean) ** 2).sum(), len(x) - x.nunique()
-    return x, constants, unscaled, np.array([misfit, between_seeds])
-
-
-def _find_vertices(
-    x: pd.Series, constants: np.ndarray, unscaled: np.ndarray, errors: np.ndarray, rng: Any
-) -> np.ndarray:
-    """Find the vertex of one time's parabola and of its samples; NaN if it is refused."""
-    noise = np.linalg.cholesky(unscaled) @ rng.normal(size=(3, len(errors))) * errors
-    c, b, a = constants[:, None] + np.hstack([np.zeros((3, 1)), noise])
-    low, high = x.min() - x.mean(), x.max() - x.mean()
-    edge = np.where((c * low + b) * low < (c * high + b) * high, low, high)
-    vertex = np.where(c <= 0, edge, -b / (2 * c))
-    is_inside, vertex = low < vertex[0] < high, vertex.clip(low, high)
-    found = np.array([vertex + x.mean(), (c * vertex + b) * vertex + a, c])
-    return found if is_inside else np.full_like(found, np.nan)
+    return (log_n.mean(), x.min(), x.max()), constants, unscaled, (misfit, between_seeds)
 
 
 def extrapolate(
@@ -166,10 +157,9 @@ def extrapolate(
             curvature = np.log(optima[:, 2].clip(1e-3))  # some samples have none
             loss = loss + np.exp(np.polyfit(log_t, curvature, 1)[1]) * off**2
             loss = loss if abs(off[0]) <= np.log(NEAR) else np.full_like(loss, np.nan)
-    found = with_interval("exponent", exponent) | with_interval(
-        "n_params", np.exp(log_n.clip(max=MOST_LOG))
-    )
-    return {k: float(v) for k, v in (found | with_interval("loss", loss)).items()}
+    best = with_interval("n_params", np.exp(log_n.clip(max=MOST_LOG)))
+    found = with_interval("exponent", exponent) | best | with_interval("loss", loss)
+    return {name: float(value) for name, value in found.items()}
 
 
 def hold_out(points: pd.DataFrame, fits: dict[str, Fit], *, n_samples: int = 1000) -> pd.DataFrame:
@@ -213,9 +203,8 @@ def advice_in_time(
     for name, gap in gaps.items():
         is_inside = 0 < gap.argmin() < len(sizes) - 1
         rows[name] = {"n_params": sizes[gap.argmin()]} if is_inside else {"note": OUTSIDE}
-    columns = ["n_params", "n_params_low", "n_params_high", "note"]
-    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
-    table = table.rename_axis("method").reset_index()
+    columns = ["method", "n_params", "n_params_low", "n_params_high", "note"]
+    table = pd.DataFrame([{"method": name} | row for name, row in rows.items()], columns=columns)
     table["n_tokens"] = tokens_in(seconds, speeds, table.n_params)
     return table.assign(tokens_per_parameter=table.n_tokens / table.n_params)
 
@@ -226,11 +215,10 @@ def _by_surface(points: pd.DataFrame, sizes: np.ndarray, tokens: np.ndarray) -> 
         fit = fit_loss_surface(points.n_params, points.n_tokens, points.loss, n_samples=100)
     except ValueError as error:
         return {"note": f"refused: {error}"}
-    losses = [surface.loss(sizes, tokens) for surface in (fit, fit.samples)]
     e_width = np.ptp(np.quantile(fit.samples.E, [0.05, 0.95]))
     if e_width > WIDEST_E:
         return {"note": f"refused: E's interval spans {e_width:.1f} nats"}
-    best = np.vstack(losses).argmin(axis=1)
+    best = np.vstack([fit.loss(sizes, tokens), fit.samples.loss(sizes, tokens)]).argmin(axis=1)
     if np.isin(best, (0, len(sizes) - 1)).mean() > 0.05:
         return {"note": OUTSIDE}
     return _judge(with_interval("n_params", sizes[best]))

@@ -132,44 +132,28 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cache: Cache | None) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=sees)
 
 
-class LlamaAttention(nn.Module):
+class LlamaBlock(nn.Module):
+    """Attention with RoPE, then SwiGLU, each after an RMSNorm; no biases."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.n_head = config.n_head
-        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            setattr(self, name, nn.Linear(config.d_model, config.d_model, bias=False))
+        d, d_ff, self.n_head = config.d_model, config.d_ff, config.n_head
+        self.input_layernorm = new_norm(config)
+        self.self_attn = nn.ModuleDict({f"{x}_proj": nn.Linear(d, d, bias=False) for x in "qkvo"})
+        self.post_attention_layernorm = new_norm(config)
+        wide = {f"{x}_proj": nn.Linear(d, d_ff, bias=False) for x in ("gate", "up")}
+        self.mlp = nn.ModuleDict(wide | {"down_proj": nn.Linear(d_ff, d, bias=False)})
 
     def forward(self, x: Tensor, rope: Tensor, cache: Cache | None) -> Tensor:
+        attn, normed = self.self_attn, self.input_layernorm(x)
         q, k, v = (
-            rearrange(proj(x), "b t (h d) -> b h t d", h=self.n_head)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            rearrange(proj(normed), "b t (h d) -> b h t d", h=self.n_head)
+            for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
         y = attend(rotate(q, rope), rotate(k, rope), v, cache)
-        return self.o_proj(rearrange(y, "b h t d -> b t (h d)"))
-
-
-class SwiGLU(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.gate_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.up_proj = nn.Linear(config.d_model, config.d_ff, bias=False)
-        self.down_proj = nn.Linear(config.d_ff, config.d_model, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
-class LlamaBlock(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.input_layernorm = new_norm(config)
-        self.self_attn = LlamaAttention(config)
-        self.post_attention_layernorm = new_norm(config)
-        self.mlp = SwiGLU(config)
-
-    def forward(self, x: Tensor, rope: Tensor, cache: Cache | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + attn.o_proj(rearrange(y, "b h t d -> b t (h d)"))
+        mlp, normed = self.mlp, self.post_attention_layernorm(x)
+        return x + mlp.down_proj(F.silu(mlp.gate_proj(normed)) * mlp.up_proj(normed))
 
 
 class GPT2Block(nn.Module):

@@ -23,6 +23,7 @@ from llmlib.sizing import count_params
 
 Setting = tuple[ModelConfig, TrainConfig]
 Settings = dict[str, Setting]
+Names = tuple[str, ...]  # of fields of TrainConfig
 TrainAll = Callable[[Settings], pd.DataFrame]  # gives a loss to each setting
 Factors = Callable[[float, float], float]  # of the peak rates, by parameters and time [s]
 
@@ -49,6 +50,7 @@ PLANS = {
 VAL_TOKENS = 64_000  # that a study's run is scored on, at most
 MIN_STEPS = 4  # of a run
 MOST_FACTORS = 12  # of a grid that extends itself
+RATES = ("lr", "embed_lr", "vector_lr")  # of hidden matrices, embeddings and norm gains
 
 
 def run_study(record: runs.Record, name: str, settings: Settings, tokens_dir: Path) -> pd.DataFrame:
@@ -57,30 +59,27 @@ def run_study(record: runs.Record, name: str, settings: Settings, tokens_dir: Pa
     Equal settings are one run. The table is written when the runs end, however they end, so a
     study goes on from its table alone.
     """
-    path, ids = record.path / f"{name}.csv", {k: setting_id(*v) for k, v in settings.items()}
+    path = record.path / f"{name}.csv"
     read = partial(pd.read_csv, path, float_precision="round_trip")
     table = read() if path.exists() else pd.DataFrame({"id": []})
-    labels = {}
-    for label in settings:
-        if ids[label] not in set(table.id):
-            labels.setdefault(ids[label], label)
-    folders = {i: record.path / "trials" / name / i for i in labels}
-    for i, folder in folders.items():
-        model, train = settings[labels[i]]
+    ids = pd.Series({label: setting_id(*setting) for label, setting in settings.items()})
+    new = ids[~ids.isin(table.id)].drop_duplicates()
+    folders = {label: record.path / "trials" / name / i for label, i in new.items()}
+    for label, folder in folders.items():
+        model, train = settings[label]
         light = override(train, keep_weights=False)  # many would fill a disk
         runs.create_run(folder, model, light, tokens_dir)
     is_over = False
     try:
-        launch.run_many(list(folders.values()))
+        launch.run_many([*folders.values()])
         is_over = True
     finally:
-        ended = {i: run for i, run in folders.items() if is_over or runs.read_result(run)}
-        rows = [{"id": i, "run": labels[i]} | _row(run) for i, run in ended.items()]
+        ended = {label: run for label, run in folders.items() if is_over or runs.read_result(run)}
+        rows = [{"id": new[label], "run": label} | _row(run) for label, run in ended.items()]
         if rows:
             grown = pd.DataFrame(table.to_dict("records") + rows)
             runs.write_atomic(path, grown.to_csv(index=False))
-    found = read().set_index("id").loc[list(ids.values())].reset_index()
-    return found.assign(run=list(ids))
+    return read().set_index("id").loc[ids].reset_index().assign(run=ids.index)
 
 
 def setting_id(model: ModelConfig, train: TrainConfig) -> str:
@@ -103,10 +102,10 @@ def _row(folder: Path) -> dict[str, Any]:
 
 def in_time(setting: Setting, tokens_per_s: float, seconds: float) -> Setting:
     """Budget a run in the tokens that its speed buys in a time: whole steps, scored at the end."""
-    (model, train), light = setting, {"eval_all": False, "n_evals": 1}
+    model, train = setting
     per_step = train.n_sequences * model.seq_len
     n_steps = max(round(tokens_per_s * seconds / per_step), MIN_STEPS)
-    light |= {"eval_windows": VAL_TOKENS // model.seq_len}
+    light = {"eval_all": False, "n_evals": 1, "eval_windows": VAL_TOKENS // model.seq_len}
     return model, override(train, budget_tokens=n_steps * per_step, **light)
 
 
@@ -119,25 +118,19 @@ def repeated(arms: Settings, seeds: tuple[int, ...]) -> Settings:
     }
 
 
-def search(
-    train_all: TrainAll,
-    start: TrainConfig,
-    coordinates: tuple[tuple[str, ...], ...],
-    model: ModelConfig,
-) -> TrainConfig:
+def search(train_all: TrainAll, start: Setting, coordinates: Iterable[Names]) -> TrainConfig:
     """Find the best setting on grids by factors of two, coordinate by coordinate.
 
     The settings named together in a coordinate are scaled together. A grid is extended until its
     best is inside. ``train_all`` gives a loss to each setting; a failed run (NaN) is the worst.
     """
-    best = start
+    model, best = start
     for names in coordinates:
-        factors, wider = [], [0.5, 1.0, 2.0]
-        while wider != factors:
-            factors = wider
+        losses, factors = pd.Series(dtype=float), [0.5, 1.0, 2.0]
+        while [*losses.index] != factors:
             table = train_all({f"{x}": (model, scaled(best, names, x)) for x in factors})
             losses = pd.Series(table.loss.to_numpy(), factors)
-            wider = _wider(losses)
+            factors = _wider(losses)
         best = scaled(best, names, losses.idxmin())
     return best
 
@@ -146,17 +139,16 @@ def _wider(losses: pd.Series) -> list[float]:
     """Return a grid of factors (the index), with two more beyond its best if that is at an end."""
     factors, at = [*losses.index], losses.fillna(np.inf).argmin()
     low, high = factors[0], factors[-1]
-    if 0 < at < len(factors) - 1:
-        return factors
-    if len(factors) > MOST_FACTORS:
+    beyond = {0: [low / 4, low / 2], len(factors) - 1: [2 * high, 4 * high]}.get(at, [])
+    if beyond and len(factors) > MOST_FACTORS:
         raise ValueError(f"no best between {low:g} and {high:g} times a rate; do its runs fail?")
-    return sorted([*factors, *([low / 4, low / 2] if at == 0 else [2 * high, 4 * high])])
+    return sorted(factors + beyond)
 
 
-def scaled(train: TrainConfig, names: Iterable[str], factor: float) -> TrainConfig:
-    """Multiply settings by a factor, counts to whole numbers."""
-    values = {name: getattr(train, name) for name in names}
-    return override(train, **{name: type(v)(v * factor) for name, v in values.items()})
+def scaled(train: TrainConfig, names: Names, factor: float) -> TrainConfig:
+    """Multiply settings by a factor, counts to whole numbers; a rate that is not given stays so."""
+    given = {name: getattr(train, name) for name in names if getattr(train, name) is not None}
+    return override(train, **{name: type(v)(v * factor) for name, v in given.items()})
 
 
 def differences(table: pd.DataFrame, base: str, *, is_pooled: bool = True) -> pd.DataFrame:
@@ -176,26 +168,25 @@ def differences(table: pd.DataFrame, base: str, *, is_pooled: bool = True) -> pd
         freedom = (len(rest) - 1) * (rest.shape[1] - 1)
         squares = ((rest - rest.mean()) ** 2).to_numpy().sum()
         noise = (2 * squares / freedom) ** 0.5 if freedom else np.nan
-    half = stats.t.ppf(0.975, freedom) * noise / n**0.5
-    found = pd.DataFrame({"difference": ours.mean(), "low": ours.mean() - half})
-    return found.assign(high=ours.mean() + half, n=n).rename_axis("arm").reset_index()
+    mean, half = ours.mean(), stats.t.ppf(0.975, freedom) * noise / n**0.5
+    found = pd.DataFrame({"difference": mean, "low": mean - half, "high": mean + half, "n": n})
+    return found.rename_axis("arm").reset_index()
 
 
-def grids(table: pd.DataFrame, names: tuple[str, ...]) -> pd.DataFrame:
+def grids(table: pd.DataFrame, names: Names) -> pd.DataFrame:
     """Take from a search's rows the best grid of each optimizer over each of the named settings.
 
     A grid is three rows or more that differ in nothing else. Adds ``setting``, ``factor`` (to the
     best of the grid), ``gap`` (loss above its best) and ``is_edge`` (that best is at an end).
     """
-    fields, found = [f for f in TrainConfig.__dataclass_fields__ if f in table], []
+    fields, found = {*TrainConfig.__dataclass_fields__} & {*table} - {"budget_tokens"}, []
     for name in names:
-        others = [field for field in fields if field not in (name, "budget_tokens")]
-        kinds = table.groupby(others, dropna=False, sort=False)
-        long = [part for _, part in kinds if part[name].nunique() > 2]
-        long.sort(key=lambda part: -part.loss.min())
-        for part in {part.optimizer.iloc[0]: part for part in long}.values():
-            part, best = part.sort_values(name), part.loc[part.loss.idxmin()]
-            is_edge = best[name] in (part[name].iloc[0], part[name].iloc[-1])
+        kinds = table.groupby([*fields - {name}], dropna=False)
+        lowest = kinds.loss.transform("min")[kinds[name].transform("nunique") > 2]
+        for _, own in lowest.groupby(table.optimizer, sort=False):
+            part = table.loc[own.index[own == own.min()]].sort_values(name)
+            best = part.loc[part.loss.idxmin()]
+            is_edge = best[name] in (part[name].min(), part[name].max())
             shown = {"setting": name, "factor": part[name] / best[name], "is_edge": is_edge}
             found.append(part.assign(**shown, gap=part.loss - best.loss))
     return pd.concat(found, ignore_index=True)
@@ -215,8 +206,7 @@ def size_settings(base: ModelConfig, train: TrainConfig, plan: Plan) -> Settings
     settings = {}
     for n_layer, d_model in plan.sizes:
         model = resize(base, arch=base.arch, n_layer=n_layer, d_model=d_model)
-        rates = [name for name in ("lr", "embed_lr") if getattr(train, name)]
-        run = scaled(train, rates, (base.d_model / d_model) ** 0.5)
+        run = scaled(train, RATES[:2], (base.d_model / d_model) ** 0.5)
         settings[f"{n_layer}x{d_model}"] = model, run
     return settings
 
@@ -226,7 +216,7 @@ def iso_time_settings(
     speeds: pd.Series,
     plan: Plan,
     *,
-    factors: Factors | None = None,
+    factors: Factors = lambda n_params, seconds: 1.0,
     best: pd.Series | None = None,
     n_seeds: int = 3,
     max_tokens: float = float("inf"),
@@ -238,17 +228,15 @@ def iso_time_settings(
     shortest time, for the noise. Left out are runs of more than ``max_tokens`` and sizes whose speed
     is NaN (the step failed); if that leaves none, it is refused.
     """
-    repeated = {(min(plan.times), list(sizes)[len(sizes) // 2])}
+    n_params = pd.Series({name: count_params(model) for name, (model, _) in sizes.items()})
+    repeated, settings = {min(plan.times): [[*sizes][len(sizes) // 2]]}, {}
     if best is not None:
-        n_params = pd.Series({name: count_params(model) for name, (model, _) in sizes.items()})
-        far = {seconds: np.log(n_params / n).abs() for seconds, n in best.items()}
-        repeated = {(seconds, name) for seconds in far for name in far[seconds].nsmallest(3).index}
-    settings = {}
+        repeated = {t: [*np.log(n_params / n).abs().nsmallest(3).index] for t, n in best.items()}
     for name, (model, train) in sizes.items():
         for seconds in plan.times if speeds[name] > 0 else ():
-            factor = factors(count_params(model), seconds) if factors else 1.0
-            _, run = in_time((model, _at_rates(train, factor)), speeds[name], seconds)
-            n_runs = n_seeds if (seconds, name) in repeated else 1
+            factor = factors(n_params[name], seconds)
+            _, run = in_time((model, scaled(train, RATES, factor)), speeds[name], seconds)
+            n_runs = n_seeds if name in repeated.get(seconds, []) else 1
             for seed in range(1, n_runs + 1) if run.budget_tokens <= max_tokens else ():
                 label = f"{name}-{seconds:g}s-x{factor:.3g}-seed{seed}"
                 settings[label] = model, override(run, seed=seed)
@@ -267,11 +255,6 @@ def iso_time_points(trials: pd.DataFrame) -> pd.DataFrame:
     return points[points.status == "finished"].copy()
 
 
-def _at_rates(train: TrainConfig, factor: float) -> TrainConfig:
-    rates = [name for name in ("lr", "embed_lr", "vector_lr") if getattr(train, name)]
-    return scaled(train, rates, factor)
-
-
 def tune_sizes(train_all: TrainAll, sizes: Settings, speeds: pd.Series, plan: Plan) -> pd.DataFrame:
     """Search the peak rates of both end sizes at the first time and the last but one.
 
@@ -286,7 +269,7 @@ def tune_sizes(train_all: TrainAll, sizes: Settings, speeds: pd.Series, plan: Pl
         for (size, seconds), factors in grids.items():
             model, run = in_time(sizes[size], speeds[size], seconds)
             for factor in factors:
-                settings[f"{size}-{seconds:g}s-x{factor:g}"] = model, _at_rates(run, factor)
+                settings[f"{size}-{seconds:g}s-x{factor:g}"] = model, scaled(run, RATES, factor)
         losses = iter(train_all(settings).loss)
         tried = {c: pd.Series([next(losses) for _ in grid], grid) for c, grid in grids.items()}
         grids = {corner: _wider(own) for corner, own in tried.items()}
@@ -311,10 +294,11 @@ def interpolate_factors(tuned: pd.DataFrame) -> Factors:
 
 def load_tables(parts: list[Path], names: dict[str, str]) -> dict[str, pd.DataFrame]:
     """Read the tables of a study's parts by name, with ``arm``, renamed by ``names``; later ones win."""
-    tables: dict[str, list[pd.DataFrame]] = {}
+    tables: dict[str, pd.DataFrame] = {}
     for path in sorted(path for part in parts for path in part.glob("*_*.csv")):
         rows = pd.read_csv(path)
         arm = rows.run.str.rsplit("-seed", n=1).str[0].replace(names)
         rows = rows.assign(arm=arm, run=arm + "-seed" + rows.seed.astype(str))
-        tables.setdefault(path.stem, []).append(rows)
-    return {n: pd.concat(t).drop_duplicates("id", keep="last") for n, t in tables.items()}
+        rows = pd.concat([tables.get(path.stem), rows], ignore_index=True)
+        tables[path.stem] = rows.drop_duplicates("id", keep="last")
+    return tables

@@ -1,14 +1,12 @@
 """Variants compute what they claim to, and tables say what was measured."""
 
-from __future__ import annotations
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from llmlib import bench
-from llmlib.bench import Variant, build_variant
+from llmlib.bench import Variant
 from llmlib.config import SCALES, DataConfig, override
 from llmlib.model import build_model
 from llmlib.sizing import count_params, step_memory
@@ -16,23 +14,19 @@ from llmlib.sizing import count_params, step_memory
 MODEL, TRAIN = SCALES["smoke"].model, SCALES["smoke"].train
 
 
-@pytest.fixture
-def tokens():
-    draws = torch.randint(MODEL.vocab_size, (3, 33), generator=torch.Generator().manual_seed(0))
-    return draws[:, :-1].contiguous(), draws[:, 1:].contiguous()
-
-
 def test_every_rmsnorm_becomes_a_layer_norm_of_its_size():
-    altered = build_variant(Variant("", MODEL, TRAIN, "LayerNorm"))
+    altered = bench.with_layer_norms(MODEL)
     norms = [m for m in altered.modules() if isinstance(m, torch.nn.LayerNorm)]
     assert len(norms) == 2 * MODEL.n_layer + 1
     assert not any(isinstance(m, torch.nn.RMSNorm) for m in altered.modules())
     assert sum(p.numel() for p in altered.parameters()) == count_params(MODEL)
 
 
-def test_transformers_computes_the_same_function(tokens):
+def test_transformers_computes_the_same_function():
     pytest.importorskip("transformers")
-    ours, theirs = build_model(MODEL), build_variant(Variant("", MODEL, TRAIN, "transformers"))
+    draws = torch.randint(MODEL.vocab_size, (3, 33), generator=torch.Generator().manual_seed(0))
+    tokens = draws[:, :-1].contiguous(), draws[:, 1:].contiguous()
+    ours, theirs = build_model(MODEL), bench.TransformersLlama(MODEL)
     theirs.model.model.load_state_dict(ours.state_dict())
     torch.testing.assert_close(theirs(*tokens), ours(*tokens))
     assert sum(p.numel() for p in theirs.parameters()) == count_params(MODEL)
@@ -69,13 +63,15 @@ def test_rows_hold_the_medians_of_processes(processes):
     speeds["ours"] = [[8.0, 8.0, 8.0], [4.0, 4.0, 4.0], [8.0, 8.0, 0.1]]
     speeds["plain"] = [[4.0, 4.0, 0.1], [2.0, 2.0, 2.0], [4.0, 4.0, 4.0]]
     variants = [Variant("ours", MODEL, TRAIN), Variant("plain", MODEL, TRAIN)]
-    [_, row] = bench.measure(variants, n_processes=3, n_rounds=3, n_steps=1).itertuples()
-    assert (row.tokens_per_s, row.tokens_per_s_low, row.tokens_per_s_high) == (4, 2, 4)
-    assert (row.speed_up, row.speed_up_low, row.speed_up_high) == (2, 2, 2)
+    columns = [
+        f"{name}{end}" for name in ("tokens_per_s", "speed_up") for end in ("", "_low", "_high")
+    ]
+    table = bench.measure(variants, n_processes=3, n_rounds=3, n_steps=1)
+    assert table.loc[1, columns].tolist() == [4, 2, 4, 2, 2, 2]
     met.clear()
     speeds["ours"], speeds["plain"] = [[8.0, 8.0, 8.0]], [[4.0, 2.0, 3.0]]
-    [_, row] = bench.measure(variants, n_processes=1, n_rounds=3, n_steps=1).itertuples()
-    assert (row.tokens_per_s, row.tokens_per_s_low, row.tokens_per_s_high) == (3, 2, 4)
+    table = bench.measure(variants, n_processes=1, n_rounds=3, n_steps=1)
+    assert table.loc[1, columns[:3]].tolist() == [3, 2, 4]
 
 
 @pytest.mark.parametrize("is_short", [False, True])
@@ -122,10 +118,8 @@ def test_variants_of_a_scale_keep_its_step_and_size(scale):
     ],
 )
 def test_micro_batch_stays_unless_another_is_faster_in_every_process(speed_ups, chosen):
-    rows = [("ours", 8, 1.0, 1.0)]
-    rows += [
-        (name, int(name.split()[-1]) if " " in name else 8, *x) for name, x in speed_ups.items()
-    ]
+    sizes = {"ours": 8, "LayerNorm": 8, "micro-batch 4": 4, "micro-batch 16": 16}
+    rows = [(name, sizes[name], *x) for name, x in ({"ours": (1.0, 1.0)} | speed_ups).items()]
     table = pd.DataFrame(rows, columns=["name", "micro_batch", "speed_up", "speed_up_high"])
     assert bench.choose_micro_batch(table) == chosen
 

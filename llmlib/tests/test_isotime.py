@@ -11,6 +11,9 @@ TIMES, EXPONENT = [2.0, 4.0, 8.0, 16.0], 0.6
 FITS = {"together": isotime.fit_together, "one by one": isotime.find_optima}
 SPEEDS = pd.DataFrame({"n_params": [1e5, 1e6, 1e7], "tokens_per_s": [1e6, 1e5, 1e4]})
 FOUR, SEVEN = (1e5, 2.2e5, 4.5e5, 9e5), (5e4, 1e5, 2e5, 4e5, 8e5, 1.6e6, 3.2e6)
+NOWHERE = [((1e6, 2e6, 4e6, 8e6), None), ((1e4, 2e4, 4e4), None), ((1e5, 3e5), None)]
+OPTIMUM = {"n_params": 3e5, "n_params_low": 2e5, "n_params_high": 4e5}
+WIDE = OPTIMUM | {"n_params_low": 7e4}
 SURFACE = LossSurface(E=1.2, A=43.0, B=38.0, alpha=0.315, beta=0.2)  # as 03 found it once
 
 
@@ -62,7 +65,7 @@ def test_intervals_of_four_sizes_cover_about_nine_tenths(curve, fit):
         points = measure(curve, times=[2.0, 4.0, 8.0], sizes=FOUR, noise=0.02, seed=seed)
         is_kept = ~points.duplicated(["seconds", "n_params"])  # two seeds at one size and time
         is_kept |= (points.seconds == 2) & (points.n_params == FOUR[1])
-        table, draws = fit(points[is_kept], seed=seed)
+        table, draws = fit(points[is_kept])
         known = table.dropna(subset="n_params")
         hits += known.seconds.map(truth).between(known.n_params_low, known.n_params_high).tolist()
         far = isotime.extrapolate(table, draws, 32.0)
@@ -71,15 +74,7 @@ def test_intervals_of_four_sizes_cover_about_nine_tenths(curve, fit):
     assert len(hits) > 120 and least < np.mean(hits) < 0.99 and np.mean(ahead) > 0.85
 
 
-@pytest.mark.parametrize(
-    ("sizes", "time_that_stands"),
-    [
-        ((1e6, 2e6, 4e6, 8e6), None),
-        ((1e4, 2e4, 4e4), None),
-        ((1e5, 3e5), None),
-        ((3e5, 4.5e5, 6e5), 8),
-    ],
-)
+@pytest.mark.parametrize(("sizes", "time_that_stands"), [*NOWHERE, ((3e5, 4.5e5, 6e5), 8)])
 def test_no_optimum_is_read_off_an_edge_or_two_sizes(sizes, time_that_stands):
     refused = [t != time_that_stands for t in TIMES]
     table, draws = isotime.find_optima(measure(sizes=sizes), n_samples=5)
@@ -103,11 +98,9 @@ def test_sizes_far_from_the_best_do_not_move_it():
 
 
 def test_every_method_gets_its_tokens_by_the_measured_speeds():
-    optimum = {"n_params": 3e5, "n_params_low": 2e5, "n_params_high": 4e5}
-    table = isotime.advice_in_time(measure(), SPEEDS, 60, {"ours": optimum}).set_index("method")
+    table = isotime.advice_in_time(measure(), SPEEDS, 60, {"ours": OPTIMUM}).set_index("method")
     assert (table.n_params * table.n_tokens).dropna().to_numpy() == pytest.approx(60 * 1e11)
-    ratio = table.tokens_per_parameter["20 tokens per parameter"]
-    assert ratio == pytest.approx(20, rel=0.05)
+    assert table.tokens_per_parameter["20 tokens per parameter"] == pytest.approx(20, rel=0.05)
     for name, fit in PUBLISHED_FITS.items():
         expected = fit.optimal_params(6 * 60 * 1e11)
         assert table.n_params[name] == pytest.approx(expected, rel=0.05)
@@ -123,17 +116,14 @@ def test_the_held_out_time_takes_no_part_in_its_prediction():
 
 
 def test_an_optimum_at_the_edge_of_the_sizes_looked_at_is_refused():
-    optimum = dict.fromkeys(("n_params", "n_params_low", "n_params_high"), 3e5)
-    table = isotime.advice_in_time(measure(), SPEEDS, 1e9, {"ours": optimum}).set_index("method")
-    assert table.note["20 tokens per parameter"] == isotime.OUTSIDE
-    assert np.isnan(table.n_params["20 tokens per parameter"])
+    table = isotime.advice_in_time(measure(), SPEEDS, 1e9, {"ours": OPTIMUM}).set_index("method")
+    rule = table.loc["20 tokens per parameter"]
+    assert rule.note == isotime.OUTSIDE and np.isnan(rule.n_params)
 
 
 def test_an_answer_that_says_nothing_is_refused_in_words():
-    names, nan = ("n_params", "n_params_low", "n_params_high"), np.nan
     few, noisy = measure(n_seeds=1)[:5], measure(noise=0.5, n_seeds=1)
-    for points, optimum in ((few, (nan, nan, nan)), (noisy, (2e5, 1e5, 5e5))):
-        ours = {"ours": dict(zip(names, optimum, strict=True))}
-        table = isotime.advice_in_time(points, SPEEDS, 60, ours)
+    for points, optimum in ((few, dict.fromkeys(OPTIMUM, np.nan)), (noisy, WIDE)):
+        table = isotime.advice_in_time(points, SPEEDS, 60, {"ours": optimum})
         refused = table[table.method.isin(["ours", "fitted surface"])]
         assert refused.note.str.startswith("refused: ").all() and refused.n_params.isna().all()

@@ -7,15 +7,16 @@ import transformers
 from torch import nn
 
 from llmlib.config import llama_config, resize
+from llmlib.inference import hf_model
 from llmlib.model import LOGITS_AT_ONCE, build_model, rope_table, rotate
 
-LLAMA = llama_config(3, 64, d_head=16, vocab_size=320, seq_len=48)
+LLAMA = llama_config(3, 64, d_head=16, vocab_size=320, seq_len=48, rope_theta=1000.0, norm_eps=1e-3)
 GPT2 = resize(LLAMA, arch="gpt2")
 
 
 @pytest.fixture(params=[LLAMA, GPT2], ids=lambda c: c.arch)
 def model(request):
-    return build_model(request.param, seed=1)
+    return larger_weights(build_model(request.param, seed=1))
 
 
 @pytest.fixture
@@ -33,26 +34,8 @@ def larger_weights(model):
 
 @torch.no_grad()
 def test_llama_logits_equal_transformers(tokens):
-    ours = larger_weights(build_model(LLAMA))
-    theirs = transformers.LlamaForCausalLM(
-        transformers.LlamaConfig(
-            vocab_size=320,
-            hidden_size=64,
-            intermediate_size=LLAMA.d_ff,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            rms_norm_eps=LLAMA.norm_eps,
-            rope_theta=LLAMA.rope_theta,
-            tie_word_embeddings=True,
-            max_position_embeddings=48,
-        )
-    ).eval()
-    missing = theirs.load_state_dict(
-        {f"model.{k}": v for k, v in ours.state_dict().items()}, strict=False
-    )
-    assert missing.missing_keys == ["lm_head.weight"]  # tied
-    theirs.tie_weights()
-    assert not missing.unexpected_keys
+    ours, theirs = larger_weights(build_model(LLAMA)), hf_model(LLAMA).eval()
+    theirs.base_model.load_state_dict(ours.state_dict())
     assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
 
 
@@ -62,7 +45,6 @@ def test_chunked_loss_and_its_gradients_are_those_of_cross_entropy(
 ):
     monkeypatch.setitem(LOGITS_AT_ONCE, "cpu", n_rows * 320)
     targets = tokens.roll(-1, 1)
-    larger_weights(model)
     expected = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
     expected_grads = torch.autograd.grad(expected, list(model.parameters()))
     loss = model(tokens, targets)
@@ -73,7 +55,6 @@ def test_chunked_loss_and_its_gradients_are_those_of_cross_entropy(
 
 
 def test_chunked_loss_in_bf16_is_close_to_fp32(model, tokens):
-    larger_weights(model)
     targets = tokens.roll(-1, 1)
     exact = model(tokens, targets)
     with torch.autocast("cpu", torch.bfloat16):
@@ -83,13 +64,11 @@ def test_chunked_loss_in_bf16_is_close_to_fp32(model, tokens):
 
 
 def test_blocks_that_start_at_zero_add_nothing(tokens):
-    model = build_model(LLAMA, zero_init=True)
+    model, usual = build_model(LLAMA, zero_init=True), build_model(LLAMA)
     with torch.no_grad():
         torch.testing.assert_close(model.hidden(tokens), model.norm(model.embed_tokens(tokens)))
-    assert torch.equal(
-        model.layers[0].self_attn.q_proj.weight,
-        build_model(LLAMA).layers[0].self_attn.q_proj.weight,
-    )
+    queries = [m.layers[0].self_attn.q_proj.weight for m in (model, usual)]
+    assert torch.equal(*queries)
 
 
 @torch.no_grad()
@@ -98,34 +77,24 @@ def test_gpt2_logits_equal_transformers(tokens):
     theirs = transformers.GPT2LMHeadModel(
         transformers.GPT2Config(vocab_size=320, n_positions=48, n_embd=64, n_layer=3, n_head=4)
     ).eval()
-    weights = {
-        "wte.weight": ours.embed_tokens.weight,
-        "wpe.weight": ours.embed_positions.weight,
-        "ln_f.weight": ours.norm.weight,
-    }
+    names = {"attn.c_attn": "qkv_proj", "attn.c_proj": "o_proj", "mlp.c_fc": "up_proj"}
+    names |= {"mlp.c_proj": "down_proj", "ln_1": "ln_1", "ln_2": "ln_2"}  # theirs: ours
+    weights = {"wte": ours.embed_tokens, "wpe": ours.embed_positions, "ln_f": ours.norm}
     for i, layer in enumerate(ours.layers):
-        weights |= {
-            f"h.{i}.ln_1.weight": layer.ln_1.weight,
-            f"h.{i}.ln_2.weight": layer.ln_2.weight,
-            f"h.{i}.attn.c_attn.weight": layer.qkv_proj.weight.T,
-            f"h.{i}.attn.c_proj.weight": layer.o_proj.weight.T,
-            f"h.{i}.mlp.c_fc.weight": layer.up_proj.weight.T,
-            f"h.{i}.mlp.c_proj.weight": layer.down_proj.weight.T,
-        }
+        weights |= {f"h.{i}.{name}": getattr(layer, own) for name, own in names.items()}
     for name, param in theirs.transformer.named_parameters():
-        param.copy_(weights[name]) if name in weights else param.zero_()  # we have no biases
+        module, _, kind = name.rpartition(".")
+        own = weights[module].weight.T if "c_" in module else weights[module].weight
+        param.copy_(own) if kind == "weight" else param.zero_()  # we have no biases
     assert (ours(tokens) - theirs(tokens).logits).abs().max() < 1e-4
 
 
 def test_real_rope_equals_the_complex_formulation():
     seq_len, d_head = 40, 16
     x = torch.randn(2, 3, seq_len, d_head, dtype=torch.float64)
-    pairs = torch.complex(*x.chunk(2, dim=-1))
     frequency = 10_000.0 ** -(torch.arange(0, d_head, 2, dtype=torch.float64) / d_head)
-    turned = pairs * torch.polar(
-        torch.ones(seq_len, d_head // 2, dtype=torch.float64),
-        torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency),
-    )
+    angle = torch.outer(torch.arange(seq_len, dtype=torch.float64), frequency)
+    turned = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angle), angle)
     expected = torch.cat((turned.real, turned.imag), dim=-1)
     rope = rope_table(seq_len, d_head, 10_000.0)
     assert torch.allclose(rotate(x, rope.double()), expected, atol=1e-5)
@@ -133,7 +102,6 @@ def test_real_rope_equals_the_complex_formulation():
 
 @torch.no_grad()
 def test_no_token_sees_the_future(model, tokens):
-    larger_weights(model)
     changed = tokens.clone()
     changed[:, 20:] = (changed[:, 20:] + 1) % 320
     before, after = model(tokens), model(changed)
@@ -143,7 +111,6 @@ def test_no_token_sees_the_future(model, tokens):
 
 @torch.no_grad()
 def test_reading_piece_by_piece_gives_the_logits_of_reading_at_once(model, tokens):
-    larger_weights(model)
     at_once, caches, n_read = model(tokens[:1])[0], model.new_caches(), 0
     for n in (5, 1, 1, 9, 1, 31):
         logits = model.next_logits(tokens[:1, n_read : n_read + n], caches)

@@ -26,19 +26,17 @@ def test_recipe_and_baseline_have_the_published_sizes():
 
 @pytest.mark.parametrize("config", SMALL, ids=lambda c: c.arch)
 def test_parameter_formula_equals_numel(config):
-    model = build_model(config)
-    tables = [p for name, p in model.named_parameters() if name.startswith("embed_")]
-    n_params = sizing.count_params(config)
-    assert sum(p.numel() for p in model.parameters()) == n_params
-    in_tables = n_params - sizing.count_params(config, embeddings=False)
-    assert sum(p.numel() for p in tables) == in_tables
+    counts = {name: p.numel() for name, p in build_model(config).named_parameters()}
+    hidden = [n for name, n in counts.items() if not name.startswith("embed_")]
+    assert sizing.count_params(config) == sum(counts.values())
+    assert sizing.count_params(config, embeddings=False) == sum(hidden)
 
 
 @pytest.mark.parametrize("config", SMALL, ids=lambda c: c.arch)
 def test_flops_per_token_equal_torchs_counter(config):
-    model, tokens = build_model(config), torch.zeros(2, config.seq_len, dtype=torch.long)
+    tokens = torch.zeros(2, config.seq_len, dtype=torch.long)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(tokens, tokens).backward()
+        build_model(config)(tokens, tokens).backward()
     assert counter.get_total_flops() / tokens.numel() == sizing.flops_per_token(config)
 
 

@@ -100,8 +100,7 @@ class Records:
     def arms(self) -> None:
         short, long = MINUTES[self.scale]
         best = self.recipe("best", budget_hours=short / 60)
-        rates = [name for name in ("lr", "embed_lr") if getattr(best, name)]
-        tries = {str(factor): study.scaled(best, rates, factor) for factor in (0.5, 1.0, 2.0)}
+        tries = {f"{x}": study.scaled(best, ("lr", "embed_lr"), x) for x in (0.5, 1.0, 2.0)}
         losses = {x: self.train(f"rate-{x}", train)["val"]["loss"] for x, train in tries.items()}
         arms = {"winner2024": self.recipe("winner2024"), "best": tries[min(losses, key=losses.get)]}
         results = {"losses of best by factor of its rates": losses}

@@ -106,8 +106,8 @@ class Study:
 
     def search(self, start: config.TrainConfig, coordinates: Names, shape: str = MAIN):
         """Find the best rates of an arm at a shape."""
-        model, _ = shaped(shape, start)
-        return study.search(partial(self.train, f"tuning_{shape}"), start, coordinates, model)
+        train_all = partial(self.train, f"tuning_{shape}")
+        return study.search(train_all, shaped(shape, start), coordinates)
 
     def search_both(self, shape: str) -> study.Settings:
         """Find the rates of AdamW tuned and best at a shape, a factor of two around the study's."""
