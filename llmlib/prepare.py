@@ -57,8 +57,7 @@ def _write_tokens(config: DataConfig, record: runs.Record) -> Marker:
     order, is_heldout = split_documents(config, texts)
     if not (path := record.path / "tokenizer.json").exists():
         if config.tokenizer == "bpe":
-            sample = _sample(texts, is_heldout)
-            encoding = data.train_bpe(sample, config.bpe_vocab_size)
+            encoding = data.train_bpe(_sample(texts, is_heldout), config.bpe_vocab_size)
         else:
             encoding = data.load_tiktoken(config.tokenizer)
         runs.write_atomic(path, data.save_tokenizer(encoding))
@@ -79,12 +78,16 @@ def _write_tokens(config: DataConfig, record: runs.Record) -> Marker:
             f"the corpus holds no text for train or val in {n_rows} documents; bring more text or "
             f"raise test_size. Found: {list(chain(*(m['files'] for m in train)))[:20] or 'nothing'}."
         )
-    how = (
-        "by datasets' train_test_split" if order else "the first, and a share of test_size by draws"
-    )
+    by_draws = "the first, and a share of test_size by draws"
+    heldout = "by datasets' train_test_split" if order else by_draws
     return {
-        "source": source | {"config": to_json(config), "heldout": how},
-        "tokenizer": data.describe(encoding),
+        "source": source | {"config": to_json(config), "heldout": heldout},
+        "tokenizer": {
+            "name": encoding.name,
+            "vocab_size": encoding.n_vocab,
+            "end_of_text": encoding.eot_token,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        },
         "dtype": writer.encoder.dtype.str,
         "n_tokens": n_tokens,
         "splits": {"train": train, "val": [val], **official},
@@ -155,7 +158,7 @@ class Writer:
         bad = {example: n for _, what, n, example in files if what == NOT_UTF8}
         if (n_bad := sum(bad.values())) > MOST_INVALID * n_rows:
             raise ValueError(
-                f"{n_bad} of the {n_rows} documents of {shard.url} are not UTF-8, {', '.join(bad)} among "
+                f"{n_bad} of the {n_rows} documents of {shard.name} are not UTF-8, {', '.join(bad)} among "
                 "them; turn them into UTF-8 (iconv -f latin1 -t utf-8) or leave them out."
             )
         return marker | {"n_rows": n_rows, "heldout": heldout, "files": files}

@@ -51,11 +51,11 @@ def test_text_files_of_a_folder_are_documents_with_their_folder_as_domain(tmp_pa
 def test_python_corpus_is_larger_and_holds_out_of_the_standard_library_and_torch():
     opened = open_corpus(DataConfig(corpus="python"))
     files = [file for shard in opened.train for file in shard.files]
-    contents = [Path(name).read_bytes() for name, _ in files]
+    contents = [Path(file.path).read_bytes() for file in files]
     assert len(set(contents)) == len(contents) == opened.source["n_documents"]
     assert max(map(len, contents)) <= 400_000 and sum(map(len, contents)) > 40_000_000
-    assert {domain for _, domain in files} == {"stdlib", *corpus.PACKAGES}
-    assert {files[i][1] for i in opened.candidates} == {"stdlib", "torch"}
+    assert {file.domain for file in files} == {"stdlib", *corpus.PACKAGES}
+    assert {files[i].domain for i in opened.candidates} == {"stdlib", "torch"}
     assert opened.source["versions"]["torch"] == version("torch")
     assert open_corpus(DataConfig(corpus="python")) == opened
 

@@ -155,8 +155,8 @@ def test_text_of_a_folder_is_whole_up_to_a_size(tmp_path):
 
 READ = """
 import sys
-from llmlib import corpus
-n_read = sum(len(d.text) for d in corpus.read_documents(corpus.Shard("x", sys.argv[1])))
+from llmlib.readers import File, read_file
+n_read = sum(len(d.text) for d in read_file(File(sys.argv[1], sys.argv[1], lone=True)))
 assert n_read > 0.9e6 * int(sys.argv[2])
 """
 
