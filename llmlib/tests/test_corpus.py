@@ -8,26 +8,12 @@ import pytest
 from llmlib import corpus
 from llmlib.config import DataConfig
 from llmlib.corpus import Document, open_corpus, read_documents
-from llmlib.tests.hub_server import layout, parquet, texts, write
+from llmlib.tests.hub_server import parquet, texts, write
 
 
 def _read(path: Path | str) -> list[Document]:
     shards = open_corpus(DataConfig(corpus=str(path))).train
     return [document for shard in shards for document in read_documents(shard)]
-
-
-def test_folder_in_the_hubs_layout_reads_as_datasets_reads_it(tmp_path):
-    import datasets
-
-    write(tmp_path / "hub", layout(3, 150))
-    opened = open_corpus(DataConfig(corpus=str(tmp_path / "hub")))
-    expected = datasets.load_dataset(str(tmp_path / "hub"), cache_dir=str(tmp_path / "cache"))
-    assert opened.source == {"revision": None, "n_documents": 450}
-    for split, shards in {"train": opened.train, **opened.official}.items():
-        documents = [document for shard in shards for document in read_documents(shard)]
-        assert [d.text for d in documents] == list(expected[split]["text"])
-        domains = [meta["redpajama_set_name"] for meta in expected[split]["meta"]]
-        assert [d.domain for d in documents] == domains
 
 
 @pytest.mark.parametrize("blank", ["\n\n", "\r\n\r\n"])
@@ -38,14 +24,6 @@ def test_lone_text_file_is_cut_at_blank_lines_without_loss(tmp_path, blank):
     assert "".join(pieces).encode() == text
     assert len(pieces) > 3 and all(piece.endswith("\n") for piece in pieces[:-1])
     assert all(10_000 <= len(piece) < 12_000 for piece in pieces[:-1])
-
-
-def test_text_files_of_a_folder_are_documents_with_their_folder_as_domain(tmp_path):
-    for name in ("a/1.txt", "a/2.txt", "b/3.txt", "4.txt", ".git/no.txt", ".git/no.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    found = {document.text: document.domain for document in _read(tmp_path)}
-    assert found == {"a/1.txt": "a", "a/2.txt": "a", "b/3.txt": "b", "4.txt": "top level"}
 
 
 def test_python_corpus_is_larger_and_holds_out_of_the_standard_library_and_torch():

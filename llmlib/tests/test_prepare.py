@@ -16,7 +16,7 @@ from llmlib import analysis, corpus, data, prepare, runs
 from llmlib.config import DataConfig, to_json
 from llmlib.corpus import Corpus
 from llmlib.data import load_tokenizer
-from llmlib.tests.hub_server import layout, peak_kib, texts, write
+from llmlib.tests.hub_server import PREPARE, layout, peak_kib, texts, write
 
 
 def _config(folder: Path, **settings: object) -> DataConfig:
@@ -55,13 +55,15 @@ def test_heldout_documents_are_those_of_datasets_in_its_order(n_documents):
     table = datasets.Dataset.from_dict({"index": range(n_documents)})
     expected = table.train_test_split(test_size=0.0005, seed=2357, shuffle=True)["test"]["index"]
     texts = Corpus([], source={"n_documents": n_documents})
-    assert prepare.split_documents(DataConfig(), texts)[0] == list(expected)
+    place = prepare.split_documents(DataConfig(), texts)
+    heldout = [i for i in range(n_documents) if place(i) is not None]
+    assert sorted(heldout, key=place) == list(expected)
 
 
 def test_where_documents_are_not_counted_the_first_and_a_share_are_held_out():
-    order, is_heldout = prepare.split_documents(DataConfig(test_size=0.01), Corpus([]))
-    heldout = [i for i in range(10_000) if is_heldout(i)]
-    assert order is None and heldout[0] == 0 and 80 < len(heldout) < 120
+    place = prepare.split_documents(DataConfig(test_size=0.01), Corpus([]))
+    heldout = [i for i in range(10_000) if place(i) is not None]
+    assert heldout[0] == 0 and 80 < len(heldout) < 120 and sorted(heldout, key=place) == heldout
 
 
 def test_prepared_splits_are_those_of_datasets_document_for_document(pajama, prepared, tmp_path):
@@ -70,6 +72,8 @@ def test_prepared_splits_are_those_of_datasets_document_for_document(pajama, pre
     hub = datasets.load_dataset(str(pajama), cache_dir=str(tmp_path))
     split = hub["train"].train_test_split(test_size=0.05, seed=2357, shuffle=True)
     assert _texts(prepared, "val") == list(split["test"]["text"])
+    [val] = data.load_manifest(prepared)["splits"]["val"]
+    assert val["documents"] == [meta["redpajama_set_name"] for meta in split["test"]["meta"]]
     heldout = set(split["test"]["text"])
     assert _texts(prepared, "train") == [t for t in hub["train"]["text"] if t not in heldout]
     assert _texts(prepared, "validation") == list(hub["validation"]["text"])
@@ -98,26 +102,24 @@ def test_workers_and_job_size_do_not_change_a_byte(pajama, prepared, tmp_path, m
 
 
 KILLED = """
-import json, os, signal, sys
-from pathlib import Path
-from llmlib import corpus, prepare
-from llmlib.config import DataConfig
+import os, signal, sys
+from llmlib import corpus
 read = corpus.read_documents
 def read_and_die(shard, tally=None):
     for i, document in enumerate(read(shard, tally)):
-        if tally is not None and (shard.name, i) == (sys.argv[3], 60):
+        if tally is not None and (shard.name, i) == (sys.argv[4], 60):
             os.kill(os.getpid(), signal.SIGKILL)
         yield document
 corpus.read_documents = read_and_die
-prepare.prepare(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]))
 """
 
 
 def test_run_that_is_killed_again_and_again_ends_byte_identical(pajama, prepared, tmp_path):
     folder, config = tmp_path / "tokens", json.dumps(to_json(_config(pajama)))
     for n_done in (1, 3):
-        command = [sys.executable, "-c", KILLED, config, str(folder), f"train-{n_done:05d}"]
-        assert subprocess.run(command).returncode == -signal.SIGKILL
+        arguments = [config, str(folder), "16_000_000", f"train-{n_done:05d}"]
+        killed = subprocess.run([sys.executable, "-c", KILLED + PREPARE, *arguments])
+        assert killed.returncode == -signal.SIGKILL
         assert len([*folder.glob("train-*.json")]) == n_done
         assert (folder / f".train-{n_done:05d}.bin.tmp").exists()
     prepare.prepare(_config(pajama), folder)
@@ -127,10 +129,7 @@ def test_run_that_is_killed_again_and_again_ends_byte_identical(pajama, prepared
 def test_crash_before_or_after_any_rename_is_mended_by_the_next_run(
     pajama, prepared, tmp_path, monkeypatch
 ):
-    replace, n_renames = (
-        os.replace,
-        4 + (4 + 2) * 2 + 2,
-    )  # six shards and their markers, among others
+    replace, n_renames = os.replace, 4 + (4 + 2) * 2 + 2  # six shards and their markers among them
     monkeypatch.setattr(runs, "environment", lambda _: {})  # which takes longer than all the rest
     for n in range(2 * n_renames + 1):
         moments, folder = itertools.count(), tmp_path / str(n)
@@ -217,22 +216,12 @@ def test_manifest_tells_what_was_read_and_left_out(tmp_path):
         prepare.prepare(_config(tmp_path / "empty"), tmp_path / "nothing")
 
 
-PREPARE = """
-import json, sys
-from pathlib import Path
-from llmlib import prepare
-from llmlib.config import DataConfig
-prepare.BPE_TRAINING_CHARACTERS = 1_000_000
-prepare.prepare(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]))
-"""
-
-
 def test_memory_of_preparation_does_not_grow_with_a_text_without_line_ends(tmp_path):
     peaks = []
     for n_mb in (16, 64):
         (tmp_path / "one_line.txt").write_bytes(b"word " * (n_mb * 200_000))
         config = json.dumps(to_json(_config(tmp_path / "one_line.txt", test_size=0.01)))
-        peaks.append(peak_kib(PREPARE, config, tmp_path / str(n_mb)))
+        peaks.append(peak_kib(PREPARE, config, tmp_path / str(n_mb), 1_000_000))
         assert data.load_manifest(tmp_path / str(n_mb))["n_tokens"] > n_mb * 190_000
     assert peaks[1] - peaks[0] < 30_000, peaks
 
