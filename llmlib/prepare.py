@@ -65,7 +65,10 @@ def _write_tokens(config: DataConfig, record: runs.Record) -> Marker:
     writer = Writer(data.DocumentEncoder(encoding), record)
     train = writer.write_split(texts.train, place, config.n_tokens or math.inf)
     official = {name: writer.write_split(shards) for name, shards in texts.official.items()}
-    val = writer.gather(train, place)
+    texts_of_val = chain(*(marker.pop("heldout") for marker in train))
+    ordered = sorted(texts_of_val, key=lambda text: place(text[0]))
+    documents = [Document(*text) for _, *text in ordered]
+    val = writer.write_file("val.bin", documents) | {"documents": [d.domain for d in documents]}
     n_documents = source.get("n_documents")
     n_rows, n_tokens = _total(train, "n_rows"), _total(train, "n_tokens")
     if len(train) == len(texts.train) and n_documents not in (None, n_rows):
@@ -78,8 +81,7 @@ def _write_tokens(config: DataConfig, record: runs.Record) -> Marker:
             f"the corpus holds no text for train or val in {n_rows} documents; bring more text or "
             f"raise test_size. Found: {list(chain(*(m['files'] for m in train)))[:20] or 'nothing'}."
         )
-    by_draws = "the first, and a share of test_size by draws"
-    heldout = "by datasets' train_test_split" if n_documents else by_draws
+    heldout = "by datasets' train_test_split" if n_documents else "the first, and others by draws"
     return {
         "source": source | {"config": to_json(config), "heldout": heldout},
         "tokenizer": {
@@ -152,7 +154,7 @@ class Writer:
                 elif document.text:
                     yield document
 
-        marker = self._write_file(f"{shard.name}.bin", kept())
+        marker = self.write_file(f"{shard.name}.bin", kept())
         files = [[*key, *counted] for key, counted in sorted(tally.items())]
         n_rows = sum(n for _, what, n, _ in files if what.startswith("documents"))
         bad = {example: n for _, what, n, example in files if what == NOT_UTF8}
@@ -163,15 +165,7 @@ class Writer:
             )
         return marker | {"n_rows": n_rows, "heldout": heldout, "files": files}
 
-    def gather(self, markers: list[Marker], place: Place) -> Marker:
-        """Move the held-out documents from the shards' markers to one file, in the split's order."""
-        texts = chain(*(marker.pop("heldout") for marker in markers))
-        ordered = sorted(texts, key=lambda text: place(text[0]))
-        documents = [Document(*text) for _, *text in ordered]
-        domains = [document.domain for document in documents]
-        return self._write_file("val.bin", documents) | {"documents": domains}
-
-    def _write_file(self, name: str, documents: Iterable[Document]) -> Marker:
+    def write_file(self, name: str, documents: Iterable[Document]) -> Marker:
         """Write a token file, counted and hashed on the way, renamed when whole."""
         sha256, domains = hashlib.sha256(), defaultdict(Counter)
         temporary = self.record.path / f".{name}.tmp"

@@ -7,23 +7,8 @@ import pytest
 
 from llmlib import corpus
 from llmlib.config import DataConfig
-from llmlib.corpus import Document, open_corpus, read_documents
+from llmlib.corpus import open_corpus
 from llmlib.tests.hub_server import parquet, texts, write
-
-
-def _read(path: Path | str) -> list[Document]:
-    shards = open_corpus(DataConfig(corpus=str(path))).train
-    return [document for shard in shards for document in read_documents(shard)]
-
-
-@pytest.mark.parametrize("blank", ["\n\n", "\r\n\r\n"])
-def test_lone_text_file_is_cut_at_blank_lines_without_loss(tmp_path, blank):
-    text = blank.join(texts(300, seed=0)).encode()
-    (tmp_path / "book.txt").write_bytes(text)
-    pieces = [document.text for document in _read(tmp_path / "book.txt")]
-    assert "".join(pieces).encode() == text
-    assert len(pieces) > 3 and all(piece.endswith("\n") for piece in pieces[:-1])
-    assert all(10_000 <= len(piece) < 12_000 for piece in pieces[:-1])
 
 
 def test_python_corpus_is_larger_and_holds_out_of_the_standard_library_and_torch():
@@ -55,12 +40,3 @@ def test_corpus_that_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "validation-00000-of-00001.parquet").write_bytes(parquet(texts(5, seed=0)))
     with pytest.raises(ValueError, match=r"no train split; its splits: validation"):
         open_corpus(DataConfig(corpus=str(tmp_path)))
-
-
-@pytest.mark.parametrize("damage", ["cut short", "overwritten"])
-def test_corrupt_file_is_named(tmp_path, damage):
-    path, data = tmp_path / "bad.parquet", parquet(texts(500, seed=0))
-    overwritten = data[:100] + bytes(900) + data[1000:]
-    path.write_bytes(overwritten if damage == "overwritten" else data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"shard train-00000 \(.*bad\..*\) could not be read"):
-        _read(path)

@@ -8,6 +8,7 @@ import os
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,7 +16,7 @@ import pytest
 from llmlib import readers
 from llmlib.config import DataConfig
 from llmlib.corpus import open_corpus, read_documents
-from llmlib.tests.hub_server import parquet, peak_kib, write
+from llmlib.tests.hub_server import parquet, peak_kib, texts, write
 
 STORY = "A small fox went out to look at the rain.\nIt came home wet.\n\nThe end.\n"
 
@@ -32,22 +33,21 @@ def _rows(*values: object) -> bytes:
     return "".join(json.dumps({"text": value}) + "\n" for value in values).encode()
 
 
-@pytest.mark.parametrize(
-    "stray",
-    ["index.json", "page.html", "cat.png", "notes.ipynb", "empty.pdf", "a.arrow", "a.tar.gz"],
-)
+STRAY = {"index.json": b'{"made": "2024-05-01"}', "cat.png": b"\x89PNG\r\n\x1a\n\0\0"}
+STRAY |= dict.fromkeys(("page.html", "notes.ipynb", "a.arrow", "a.tar.gz"), b"<!DOCTYPE html><p>")
+STRAY["empty.pdf"] = b"%PDF-1.7 <html>"
+REMEDIES = {"a.arrow": "to_parquet", "a.tar.gz": "unpack it", "index.json": "text_column"}
+
+
+@pytest.mark.parametrize("stray", STRAY)
 def test_stray_file_changes_no_document_and_is_named(tmp_path, stray):
     stories = {f"story{i}.txt": STORY.encode() * 5 for i in range(3)}
-    expected, _ = _read(write(tmp_path / "alone", stories))
-    content = {"index.json": b'{"made": "2024-05-01"}', "cat.png": b"\x89PNG\r\n\x1a\n\0\0"}
-    content = content.get(stray, b"%PDF-1.7 <html>" if "pdf" in stray else b"<!DOCTYPE html><p>")
-    found, met = _read(write(tmp_path / "beside", stories | {stray: content}))
-    assert found == expected == [STORY * 5] * 3
+    found, met = _read(write(tmp_path, stories | {stray: STRAY[stray]}))
+    assert found == [STORY * 5] * 3
     [reason] = [what for kind, what in met if kind != ".txt"]
     assert reason.startswith("files left out: ")
-    remedy = {"a.arrow": "to_parquet", "a.tar.gz": "unpack it", "index.json": "text_column"}
-    with pytest.raises(ValueError, match=remedy.get(stray, "could not be read")):
-        _read(tmp_path / "beside" / stray)
+    with pytest.raises(ValueError, match=REMEDIES.get(stray, "could not be read")):
+        _read(tmp_path / stray)
 
 
 PACKERS = {
@@ -132,6 +132,16 @@ def test_lines_of_the_end_of_text_marker_separate_documents(tmp_path, end):
             found, met = _read(path)
             assert found == stories
             assert met[".txt", "<|endoftext|> as text"] == 30_000
+
+
+@pytest.mark.parametrize("blank", ["\n\n", "\r\n\r\n"])
+def test_lone_text_file_is_cut_at_blank_lines_without_loss(tmp_path, blank):
+    text = blank.join(texts(300, seed=0)).encode()
+    (tmp_path / "book.txt").write_bytes(text)
+    pieces = _read(tmp_path / "book.txt")[0]
+    assert "".join(pieces).encode() == text
+    assert len(pieces) > 3 and all(piece.endswith("\n") for piece in pieces[:-1])
+    assert all(10_000 <= len(piece) < 12_000 for piece in pieces[:-1])
 
 
 def test_text_without_blank_lines_is_cut_at_line_ends_then_anywhere(tmp_path):
@@ -232,12 +242,11 @@ def test_strings_of_every_kind_are_read(tmp_path, kind):
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
 def test_column_of_the_texts_is_asked_for_or_the_only_one_of_strings(tmp_path, suffix):
     def read(rows: list[dict], **settings: object) -> tuple:
-        path = tmp_path / f"my.{suffix}"
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        path, table = tmp_path / f"my.{suffix}", pd.DataFrame(rows)
         if suffix == "parquet":
-            pq.write_table(pa.Table.from_pylist(rows), path)
+            table.to_parquet(path)
         else:
-            path.write_text(lines)
+            table.to_json(path, orient="records", lines=True)
         return _read(path, **settings)
 
     found, met = read([{"content": "a", "stars": 1, "meta": '{"redpajama_set_name": "x"}'}])
@@ -263,6 +272,15 @@ def test_string_of_parquet_that_is_not_utf8_costs_itself(tmp_path):
     found, met = _read(tmp_path)
     assert found == ["a", "caf\ufffd", None, None, "b"]
     assert met[".parquet", readers.NOT_UTF8] == met[".parquet", "characters replaced"] == 1
+
+
+@pytest.mark.parametrize("damage", ["cut short", "overwritten"])
+def test_corrupt_file_is_named(tmp_path, damage):
+    path, data = tmp_path / "bad.parquet", parquet(texts(500, seed=0))
+    overwritten = data[:100] + bytes(900) + data[1000:]
+    path.write_bytes(overwritten if damage == "overwritten" else data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"shard train-00000 \(.*bad\..*\) could not be read"):
+        _read(path)
 
 
 def test_domain_stands_in_meta_as_object_or_as_json(tmp_path):
