@@ -108,8 +108,7 @@ def _own_sources(packages: tuple[str, ...]) -> Corpus:
     for name, package in names:
         text = (path := roots[package] / name).read_bytes()
         if len(text) <= MOST_SOURCE_BYTES and not GENERATED.search(text[:1000]):
-            domain = package if packages else [*name.parts[:-1], "top level"][0]
-            file = File(str(path), f"{domain}/{name.name}")
+            file = File(str(path), f"{package}/{name}" if packages else str(name))
             texts.setdefault(hashlib.sha256(text).digest(), file)
     files = list(texts.values())
     may = [i for i, file in enumerate(files) if not packages or file.domain in HELD_OUT]

@@ -1,4 +1,4 @@
-"""Reading text from wherever it comes, whole or damaged."""
+"""What a corpus is made of, and what is said where there is none."""
 
 from importlib.metadata import version
 from pathlib import Path

@@ -34,9 +34,12 @@ def _rows(*values: object) -> bytes:
 
 
 STRAY = {"index.json": b'{"made": "2024-05-01"}', "cat.png": b"\x89PNG\r\n\x1a\n\0\0"}
-STRAY |= dict.fromkeys(("page.html", "notes.ipynb", "a.arrow", "a.tar.gz"), b"<!DOCTYPE html><p>")
-STRAY["empty.pdf"] = b"%PDF-1.7 <html>"
-REMEDIES = {"a.arrow": "to_parquet", "a.tar.gz": "unpack it", "index.json": "text_column"}
+STRAY |= {
+    "page.html": b"",
+    "notes.ipynb": b"{}",
+    "page": b"<!DOCTYPE html><p>",
+    "a.pdf": b"%PDF-1.7",
+}
 
 
 @pytest.mark.parametrize("stray", STRAY)
@@ -46,7 +49,7 @@ def test_stray_file_changes_no_document_and_is_named(tmp_path, stray):
     assert found == [STORY * 5] * 3
     [reason] = [what for kind, what in met if kind != ".txt"]
     assert reason.startswith("files left out: ")
-    with pytest.raises(ValueError, match=REMEDIES.get(stray, "could not be read")):
+    with pytest.raises(ValueError, match="text_column" if "json" in stray else "could not be read"):
         _read(tmp_path / stray)
 
 
