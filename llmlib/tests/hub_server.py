@@ -10,9 +10,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
@@ -56,25 +53,11 @@ class Hub(ThreadingHTTPServer):
         return [path[path.index("data/") :] for path in self.log if "/data/" in path]
 
 
-@contextmanager
-def serve() -> Iterator[Hub]:
-    """Run a hub on a free port of localhost."""
-    with Hub() as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-        try:
-            yield hub
-        finally:
-            hub.shutdown()
-
-
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
         pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
 
     def do_GET(self) -> None:
         if not self.server.commits:
@@ -97,6 +80,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(200, files[name][:most], **headers)
         else:
             self._answer(404, **{"X-Error-Code": "EntryNotFound"})
+
+    do_HEAD = do_GET
 
     def _answer(self, status: int, data: bytes = b"", **headers: str) -> None:
         self.send_response(status)

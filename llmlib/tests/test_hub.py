@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +21,10 @@ BPE_TRAINING_CHARACTERS = 10_000  # of the first shard
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[hub_server.Hub]:
     monkeypatch.setattr(prepare, "BPE_TRAINING_CHARACTERS", BPE_TRAINING_CHARACTERS)
-    with hub_server.serve() as server:
+    with hub_server.Hub() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
+        server.shutdown()
 
 
 def _prepare(hub: hub_server.Hub, tmp_path: Path, **settings: object) -> tuple[dict, str]:
@@ -65,15 +68,13 @@ def test_damaged_shard_is_named_and_a_mended_server_completes_the_same_revision(
 
 
 def test_subsets_are_listed_and_one_of_a_pinned_revision_is_read_alone(hub, tmp_path):
-    sample = {
-        f"data/sample-10BT/{i:03d}_00000.parquet": hub_server.parquet(hub_server.texts(200, seed=i))
-        for i in range(2)
-    }
-    others = {f"data/full/{i:03d}_00000.parquet": hub_server.parquet(["a"]) for i in range(2)}
-    configs = [
-        {"config_name": n, "data_files": [{"split": "train", "path": f"data/{n}/*"}]}
-        for n in ("full", "sample-10BT")
-    ]
+    sample, others, configs = {}, {}, []
+    for files, name in ((others, "full"), (sample, "sample-10BT")):
+        for i in range(2):
+            rows = hub_server.texts(200, seed=i)
+            files[f"data/{name}/{i:03d}_00000.parquet"] = hub_server.parquet(rows)
+        data_files = [{"split": "train", "path": f"data/{name}/*"}]
+        configs.append({"config_name": name, "data_files": data_files})
     readme = f"---\n{json.dumps({'configs': configs})}\n---\n".encode()
     pinned = hub.commit(sample | others | {"README.md": readme})
     hub.commit(hub_server.layout(n_shards=1, n_documents=10))
