@@ -10,9 +10,9 @@ import os
 import platform
 import re
 import sysconfig
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path, PurePath
@@ -43,9 +43,7 @@ class Shard(NamedTuple):
     """One unit of work: a data file, or files of a folder."""
 
     name: str
-    url: str  # local path or hf:// address
-    files: tuple[tuple[str, str], ...] = ()  # below the folder, each with its domain
-    column: str | None = None  # that holds the texts
+    files: list[File]
 
 
 @dataclass(frozen=True)
@@ -59,24 +57,19 @@ class Corpus:
 
 def open_corpus(config: DataConfig) -> Corpus:
     """Resolve ``config.corpus`` to shards without reading the text of files and data sets."""
-    path = Path(config.corpus).expanduser()
+    path, column = Path(config.corpus).expanduser(), config.text_column
     if config.corpus in ("stdlib", "python"):
         return _own_sources(() if config.corpus == "stdlib" else PACKAGES)
     if path.is_file():
-        return Corpus([Shard("train-00000", str(path), column=config.text_column)])
+        return Corpus(_shards("train", [File(str(path), path.name, column, lone=True)]))
     if not path.is_dir():
-        return _data_set(config, config.corpus)
+        return _data_set(config, path)
     names = sorted(_names(path), key=PurePath.as_posix)
     card, visible = path / "README.md", [n for n in names if n.name[0] != "."]
     has_card = card.is_file() and CARD.match(card.read_bytes())
     if visible and (has_card or all(SPLIT_NAME.match(n.name) for n in visible)):
-        with TemporaryDirectory() as safe:  # for ``datasets``, a folder's name is a pattern
-            for name in visible:
-                (link := Path(safe, name)).parent.mkdir(parents=True, exist_ok=True)
-                link.symlink_to((path / name).absolute())
-            return _data_set(config, safe)
-    files = [(str(name), [*name.parts[:-1], "top level"][0]) for name in names]
-    return Corpus(_shards(path, files, config.text_column))
+        return _data_set(config, path)
+    return Corpus(_shards("train", (File(str(path / n), str(n), column) for n in names)))
 
 
 def _names(root: Path, left_out: Set[str] = frozenset()) -> Iterator[PurePath]:
@@ -87,17 +80,18 @@ def _names(root: Path, left_out: Set[str] = frozenset()) -> Iterator[PurePath]:
         yield from (Path(folder, name).relative_to(root) for name in files + aside)
 
 
-def _shards(folder: Path, files: list[tuple[str, str]], column: str | None = None) -> list[Shard]:
-    """Group files, each with its domain, into shards, in order."""
-    groups, n_bytes = [], 0
-    for name, domain in files:
-        size = os.path.getsize(folder / name) if os.path.exists(folder / name) else 0
+def _shards(split: str, files: Iterable[File]) -> list[Shard]:
+    """Group the files of a split into shards, in order; a lone file is a shard."""
+    groups, n_bytes = [[]], 0
+    for file in files:
+        size = os.path.getsize(file.path) if os.path.exists(file.path) else 0
         n_bytes += size
-        if not groups or n_bytes > BYTES_PER_SHARD or len(groups[-1]) == FILES_PER_SHARD:
+        is_full = n_bytes > BYTES_PER_SHARD or len(groups[-1]) == FILES_PER_SHARD
+        if groups[-1] and (is_full or file.lone):
             groups.append([])
             n_bytes = size
-        groups[-1].append((name, domain))
-    return [Shard(f"train-{i:05d}", str(folder), (*g,), column) for i, g in enumerate(groups)]
+        groups[-1].append(file)
+    return [Shard(f"{split}-{i:05d}", group) for i, group in enumerate(groups)]
 
 
 def _own_sources(packages: tuple[str, ...]) -> Corpus:
@@ -110,35 +104,38 @@ def _own_sources(packages: tuple[str, ...]) -> Corpus:
     names = [(n, p) for p, root in roots.items() for n in _names(root, NOT_SOURCES)]
     names = [(n, p) for n, p in names if n.suffix == ".py" and n.name[0] != "."]
     names.sort(key=lambda pair: hashlib.sha256(os.fsencode(pair[0].as_posix())).digest())
-    texts: dict[bytes, tuple[str, str]] = {}
+    texts: dict[bytes, File] = {}
     for name, package in names:
         text = (path := roots[package] / name).read_bytes()
         if len(text) <= MOST_SOURCE_BYTES and not GENERATED.search(text[:1000]):
-            domain = package if packages else [*name.parts[:-1], "top level"][0]
-            texts.setdefault(hashlib.sha256(text).digest(), (str(path), domain))
+            file = File(str(path), f"{package}/{name}" if packages else str(name))
+            texts.setdefault(hashlib.sha256(text).digest(), file)
     files = list(texts.values())
-    may = [i for i, (_, domain) in enumerate(files) if not packages or domain in HELD_OUT]
+    may = [i for i, file in enumerate(files) if not packages or file.domain in HELD_OUT]
     versions = {name: version(name) for name in packages} | {"python": platform.python_version()}
     sha256 = hashlib.sha256(b"".join(texts)).hexdigest()
     source = {"n_documents": len(files), "versions": versions, "sha256": sha256}
-    return Corpus(_shards(Path("/"), files), candidates=may, source=source)
+    return Corpus(_shards("train", files), candidates=may, source=source)
 
 
-def _data_set(config: DataConfig, name: str) -> Corpus:
-    """Let ``datasets`` find the files of a hub data set, or of a folder of links to local ones."""
+def _data_set(config: DataConfig, path: Path) -> Corpus:
+    """Let ``datasets`` find the files of a hub data set, or of a folder in the layout of one."""
     from datasets import load_dataset_builder
 
-    with _explained(f"corpus={config.corpus!r} could not be opened"):
-        builder = load_dataset_builder(name, config.subset, revision=config.revision)
-        splits = {}
+    with _explained(f"corpus={config.corpus!r} could not be opened"), TemporaryDirectory() as safe:
+        for name in _names(path):  # of a folder, whose own name would be a pattern
+            (link := Path(safe, name)).parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((path / name).absolute())
+        at, splits = safe if path.is_dir() else config.corpus, {}
+        builder = load_dataset_builder(at, config.subset, revision=config.revision)
         for split, urls in (builder.config.data_files or {}).items():
-            places = [str(url) if "://" in str(url) else os.readlink(url) for url in urls]
-            named = ((f"{split}-{i:05d}", place) for i, place in enumerate(places))
-            splits[str(split)] = [Shard(*pair, column=config.text_column) for pair in named]
+            paths = [str(url) if "://" in str(url) else os.readlink(url) for url in urls]
+            files = (File(p, Path(p).name, config.text_column, lone=True) for p in paths)
+            splits[str(split)] = _shards(split, files)
         if "train" not in splits:
             raise ValueError(f"no train split; its splits: {', '.join(splits)}")
     train = splits.pop("train")
-    commit = re.match(r"hf://datasets/[^@]+@([0-9a-f]+)/", train[0].url)
+    commit = re.match(r"hf://datasets/[^@]+@([0-9a-f]+)/", train[0].files[0].path)
     declared = (builder.info.splits or {}).get("train")
     revision, n = commit[1] if commit else config.revision, declared and declared.num_examples
     return Corpus(train, splits, source={"revision": revision, "n_documents": n})
@@ -163,15 +160,12 @@ def read_documents(shard: Shard, tally: Tally | None = None) -> Iterator[Documen
 
     A remote shard is fetched into the Hugging Face cache, from where a connection dropped.
     """
-    with _explained(f"shard {shard.name} ({shard.url}) could not be read"):
-        path, tally = shard.url, {} if tally is None else tally
-        if "://" in path:
-            from datasets import DownloadManager
+    tally = {} if tally is None else tally
+    for file in shard.files:
+        with _explained(f"shard {shard.name} ({file.path}) could not be read"):
+            path = file.path
+            if "://" in path:
+                from datasets import DownloadManager
 
-            path = DownloadManager(record_checksums=False).download(path)
-        for name, domain in shard.files or [("", "all")]:
-            known_as = PurePath(name or Path(shard.url).name)
-            if known_as.is_absolute():  # one of this machine's own sources
-                known_as = PurePath(domain, known_as.name)
-            file = File(Path(path, name), known_as, domain, tally, shard.column, not shard.files)
-            yield from read_file(file)
+                path = DownloadManager(record_checksums=False).download(path)
+            yield from read_file(replace(file, path=path, tally=tally))

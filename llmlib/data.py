@@ -30,20 +30,22 @@ END_OF_TEXT = "<|endoftext|>"
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 MARK = "\ufdd0"  # a Unicode noncharacter: reserved for use inside programs
 SPACE = r"\t-\r\x{85}\pZ"  # what tiktoken's \s means, for arrow's regular expressions
+BEFORE_WORD = f"([{SPACE}])([{SPACE}][^{SPACE}])"
 MIN_WINDOWS, MIN_SHARE = 8, 0.02  # of a domain that is scored by itself
 
 
 @dataclass(frozen=True)
 class TokenFiles:
-    """One split on disk. Files are mapped anew for each batch, so resident memory stays flat."""
+    """One split on disk. Batches read their windows alone, so resident memory stays flat."""
 
     files: list[Path]
     lengths: list[int]  # [tokens]
     dtype: str
 
-    def read(self, file: int) -> np.ndarray:
-        """Map a file; what was read of it leaves memory with the last view of the result."""
-        return np.asarray(np.memmap(self.files[file], dtype=self.dtype, mode="r"))
+    def read(self, file: int, start: int = 0, n_tokens: int = -1) -> np.ndarray:
+        """Read a file, or some of its tokens."""
+        offset = start * np.dtype(self.dtype).itemsize
+        return np.fromfile(self.files[file], self.dtype, n_tokens, offset=offset)
 
     def streams(self) -> Iterator[np.ndarray]:
         return map(self.read, range(len(self.files)))
@@ -61,9 +63,7 @@ def open_split(tokens_dir: Path, split: str) -> TokenFiles:
     manifest = load_manifest(tokens_dir)
     splits, dtype = manifest["splits"], manifest["dtype"]
     if split not in splits:
-        raise ValueError(
-            f"split={split!r} is not in these tokens; choose from {', '.join(splits)}."
-        )
+        raise ValueError(f"split={split!r} is not here; choose from {', '.join(splits)}.")
     lengths = {tokens_dir / s["file"]: s["n_tokens"] for s in splits[split] if s["n_tokens"]}
     for path, length in lengths.items():
         if not path.exists() or path.stat().st_size != length * np.dtype(dtype).itemsize:
@@ -96,15 +96,13 @@ class Batches:
         """Read this rank's share of a step: inputs and targets, each (n_sequences / world_size, T)."""
         share = self.n_sequences // world_size
         first = step * self.n_sequences + rank * share
-        streams, windows = {}, []
+        windows = []
         for position in range(first, first + share):
             epoch, place = divmod(position, self.n_windows)
             window = _permutation(self.n_windows, self.seed, epoch)[place]
             file = int(np.searchsorted(self.first_of_file, window, side="right")) - 1
-            if file not in streams:
-                streams[file] = self.tokens.read(file)
             start = (window - self.first_of_file[file]) * self.seq_len
-            windows.append(streams[file][start : start + self.seq_len + 1])
+            windows.append(self.tokens.read(file, start, self.seq_len + 1))
         both = torch.from_numpy(np.stack(windows).astype(np.int64))
         return both[:, :-1].contiguous(), both[:, 1:].contiguous()
 
@@ -192,20 +190,16 @@ def load_tiktoken(name: str) -> tiktoken.Encoding:
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> tiktoken.Encoding:
     """Train a byte-level BPE of ``vocab_size`` tokens with GPT-2's splitting pattern."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import ByteLevelBPETokenizer
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    model = Tokenizer(models.BPE())
-    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=alphabet, show_progress=False
-    )
-    model.train_from_iterator(texts, trainer)
+    model, size = ByteLevelBPETokenizer(), vocab_size - 1
+    model.train_from_iterator(texts, vocab_size=size, min_frequency=0, show_progress=False)
     # Its characters stand for bytes: first those that print, in order, then the others.
+    found = sorted(model.get_vocab(), key=model.token_to_id)
     in_order = sorted(range(256), key=lambda b: b == 32 or not chr(b).isprintable())
-    byte, rank = dict(zip(alphabet, in_order, strict=True)), model.get_vocab()
-    merged = [bytes(byte[c] for c in word) for word in sorted(rank, key=rank.get)[256:]]
-    words = [bytes([i]) for i in range(256)] + merged
+    byte = dict(zip(found[:256], in_order, strict=True))
+    words = [bytes([i]) for i in range(256)]
+    words += [bytes(byte[c] for c in word) for word in found[256:]]
     return tiktoken.Encoding(
         "bpe",
         pat_str=GPT2_PATTERN,
@@ -226,16 +220,6 @@ def load_tokenizer(path: Path) -> tiktoken.Encoding:
     record = json.loads(path.read_text())
     ranks = {word.encode("latin-1"): rank for word, rank in record["mergeable_ranks"].items()}
     return tiktoken.Encoding(**record | {"mergeable_ranks": ranks})
-
-
-def describe(encoding: tiktoken.Encoding) -> dict[str, Any]:
-    """Describe an encoding; the hash covers its name, pattern and all tokens."""
-    return {
-        "name": encoding.name,
-        "vocab_size": encoding.n_vocab,
-        "end_of_text": encoding.eot_token,
-        "sha256": hashlib.sha256(save_tokenizer(encoding).encode()).hexdigest(),
-    }
 
 
 class DocumentEncoder:
@@ -262,11 +246,8 @@ class DocumentEncoder:
         encoding, allowed = self.encoding, set()
         if self.marking and not any(MARK in text for text in texts):
             encoding, allowed = self.marking, {MARK}
-            texts = pc.replace_substring_regex(
-                pa.array(texts, pa.large_string()),
-                pattern=f"([{SPACE}])([{SPACE}][^{SPACE}])",
-                replacement=rf"\1{MARK}\2",
-            ).to_pylist()
+            column = pa.array(texts, pa.large_string())
+            texts = pc.replace_substring_regex(column, BEFORE_WORD, rf"\1{MARK}\2").to_pylist()
         how = {"allowed_special": allowed, "disallowed_special": ()}
         parts = (encoding.encode_to_numpy(text, **how) for text in texts)
         ended = (np.append(part, np.uint32(self.encoding.eot_token)) for part in parts)

@@ -31,7 +31,7 @@ MOST_INVALID = 0.05  # share of a shard's documents that may hold bytes that are
 CHARACTERS_PER_JOB = 500_000  # enough to hide what Python adds, few enough for memory
 
 Marker = dict[str, Any]  # what is written about a finished token file
-IsHeldout = Callable[[int], bool]  # of a document's index in train
+Place = Callable[[int], int | None]  # in val, of a document of train by its index; None: none
 
 
 def prepare(config: DataConfig, tokens_dir: Path) -> Marker:
@@ -54,19 +54,21 @@ def _write_tokens(config: DataConfig, record: runs.Record) -> Marker:
             f"the corpus {config.corpus!r} has changed since {record.path} was begun ({source} then, "
             f"{texts.source} now); delete that folder to begin anew."
         )
-    order, is_heldout = split_documents(config, texts)
+    place = split_documents(config, texts)
     if not (path := record.path / "tokenizer.json").exists():
         if config.tokenizer == "bpe":
-            sample = _sample(texts, is_heldout)
-            encoding = data.train_bpe(sample, config.bpe_vocab_size)
+            encoding = data.train_bpe(_sample(texts, place), config.bpe_vocab_size)
         else:
             encoding = data.load_tiktoken(config.tokenizer)
         runs.write_atomic(path, data.save_tokenizer(encoding))
     encoding = data.load_tokenizer(path)
     writer = Writer(data.DocumentEncoder(encoding), record)
-    train = writer.write_split(texts.train, is_heldout, config.n_tokens or math.inf)
+    train = writer.write_split(texts.train, place, config.n_tokens or math.inf)
     official = {name: writer.write_split(shards) for name, shards in texts.official.items()}
-    val = writer.gather(train, order)
+    texts_of_val = chain(*(marker.pop("heldout") for marker in train))
+    ordered = sorted(texts_of_val, key=lambda text: place(text[0]))
+    documents = [Document(*text) for _, *text in ordered]
+    val = writer.write_file("val.bin", documents) | {"documents": [d.domain for d in documents]}
     n_documents = source.get("n_documents")
     n_rows, n_tokens = _total(train, "n_rows"), _total(train, "n_tokens")
     if len(train) == len(texts.train) and n_documents not in (None, n_rows):
@@ -79,12 +81,15 @@ def _write_tokens(config: DataConfig, record: runs.Record) -> Marker:
             f"the corpus holds no text for train or val in {n_rows} documents; bring more text or "
             f"raise test_size. Found: {list(chain(*(m['files'] for m in train)))[:20] or 'nothing'}."
         )
-    how = (
-        "by datasets' train_test_split" if order else "the first, and a share of test_size by draws"
-    )
+    heldout = "by datasets' train_test_split" if n_documents else "the first, and others by draws"
     return {
-        "source": source | {"config": to_json(config), "heldout": how},
-        "tokenizer": data.describe(encoding),
+        "source": source | {"config": to_json(config), "heldout": heldout},
+        "tokenizer": {
+            "name": encoding.name,
+            "vocab_size": encoding.n_vocab,
+            "end_of_text": encoding.eot_token,
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+        },
         "dtype": writer.encoder.dtype.str,
         "n_tokens": n_tokens,
         "splits": {"train": train, "val": [val], **official},
@@ -95,25 +100,25 @@ def _total(markers: list[Marker], key: str) -> int:
     return sum(marker[key] for marker in markers)
 
 
-def split_documents(config: DataConfig, texts: Corpus) -> tuple[list[int] | None, IsHeldout]:
-    """Say which documents of train are held out: their order (None: as they come), and whether one is.
+def split_documents(config: DataConfig, texts: Corpus) -> Place:
+    """Say which documents of train are held out, and in which order.
 
     Where their number is known, those of ``datasets``' shuffled ``train_test_split``. Elsewhere the
     first, and each other by a draw of its own: nothing is counted before it is used.
     """
     seed, share, n_documents = config.split_seed, config.test_size, texts.source.get("n_documents")
     if not n_documents:
-        return None, lambda i: i == 0 or Random(f"{seed} {i}").random() < share
+        return lambda i: i if i == 0 or Random(f"{seed} {i}").random() < share else None
     candidates = texts.candidates or range(n_documents)
     drawn = np.random.default_rng(seed).permutation(len(candidates))
     order = [candidates[i] for i in drawn[: math.ceil(share * len(candidates))].tolist()]
-    return order, set(order).__contains__
+    return {index: place for place, index in enumerate(order)}.get
 
 
-def _sample(texts: Corpus, is_heldout: IsHeldout) -> Iterator[str]:
+def _sample(texts: Corpus, place: Place) -> Iterator[str]:
     n_characters, documents = 0, chain.from_iterable(map(corpus.read_documents, texts.train))
     for index, document in enumerate(documents):
-        if document.text and not is_heldout(index):
+        if document.text and place(index) is None:
             yield document.text
             n_characters += len(document.text)
         if n_characters >= BPE_TRAINING_CHARACTERS:
@@ -128,47 +133,39 @@ class Writer:
     record: runs.Record
 
     def write_split(
-        self, shards: list[Shard], is_heldout: IsHeldout | None = None, enough: float = math.inf
+        self, shards: list[Shard], place: Place = lambda _: None, enough: float = math.inf
     ) -> list[Marker]:
         """Write the shards of a split, up to the one that makes ``enough`` tokens; marked ones are done."""
         markers: list[Marker] = []
         for shard in tqdm(shards, "tokenising", unit=" shards"):
             if _total(markers, "n_tokens") >= enough:
                 break
-            write = partial(self._write_shard, shard, _total(markers, "n_rows"), is_heldout)
+            write = partial(self._write_shard, shard, _total(markers, "n_rows"), place)
             markers.append(self.record.cached_json(shard.name, write))
         return markers
 
-    def _write_shard(self, shard: Shard, first: int, is_heldout: IsHeldout | None) -> Marker:
+    def _write_shard(self, shard: Shard, first: int, place: Place) -> Marker:
         tally, heldout = {}, []
 
         def kept() -> Iterator[Document]:
             for index, document in enumerate(corpus.read_documents(shard, tally), first):
-                if document.text and is_heldout and is_heldout(index):
+                if document.text and place(index) is not None:
                     heldout.append([index, *document])
                 elif document.text:
                     yield document
 
-        marker = self._write_file(f"{shard.name}.bin", kept())
+        marker = self.write_file(f"{shard.name}.bin", kept())
         files = [[*key, *counted] for key, counted in sorted(tally.items())]
         n_rows = sum(n for _, what, n, _ in files if what.startswith("documents"))
         bad = {example: n for _, what, n, example in files if what == NOT_UTF8}
         if (n_bad := sum(bad.values())) > MOST_INVALID * n_rows:
             raise ValueError(
-                f"{n_bad} of the {n_rows} documents of {shard.url} are not UTF-8, {', '.join(bad)} among "
+                f"{n_bad} of the {n_rows} documents of {shard.name} are not UTF-8, {', '.join(bad)} among "
                 "them; turn them into UTF-8 (iconv -f latin1 -t utf-8) or leave them out."
             )
         return marker | {"n_rows": n_rows, "heldout": heldout, "files": files}
 
-    def gather(self, markers: list[Marker], order: list[int] | None) -> Marker:
-        """Move the held-out documents from the shards' markers to one file, in the split's order."""
-        texts = chain(*(marker.pop("heldout") for marker in markers))
-        found = {index: Document(*text) for index, *text in texts}
-        documents = [found[index] for index in order or found if index in found]
-        domains = [document.domain for document in documents]
-        return self._write_file("val.bin", documents) | {"documents": domains}
-
-    def _write_file(self, name: str, documents: Iterable[Document]) -> Marker:
+    def write_file(self, name: str, documents: Iterable[Document]) -> Marker:
         """Write a token file, counted and hashed on the way, renamed when whole."""
         sha256, domains = hashlib.sha256(), defaultdict(Counter)
         temporary = self.record.path / f".{name}.tmp"

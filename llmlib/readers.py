@@ -9,13 +9,14 @@ import csv
 import gzip
 import json
 import lzma
+import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from io import BufferedReader, StringIO, TextIOWrapper
 from itertools import chain, islice
-from pathlib import Path, PurePath
+from pathlib import PurePath
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -28,11 +29,7 @@ DOMAIN = "redpajama_set_name"  # the field of ``meta`` that names it
 END = "<|endoftext|>"
 NOT_UTF8 = "not UTF-8, mended"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, or a byte that is not UTF-8
-LEFT_OUT = {  # by extension
-    **dict.fromkeys((".html", ".htm", ".xhtml", ".xml", ".svg", ".ipynb"), "markup"),
-    **dict.fromkeys((".arrow", ".feather"), "Arrow; write it as parquet with datasets' to_parquet"),
-    **dict.fromkeys((".tar", ".tgz", ".zip"), "an archive; unpack it"),
-}
+MARKUP = (".html", ".htm", ".xhtml", ".xml", ".svg", ".ipynb")
 MARKUP_START = re.compile(rb"(?i)\s*(?:<!doctype html|<html)")
 TEXT_TYPE = re.compile(r"^(dictionary<values=)?(large_)?(string|binary).*")  # arrow's names
 BINARY = re.compile(rb"\0|\A%PDF")
@@ -61,23 +58,23 @@ class Document(NamedTuple):
 class File:
     """A file to read: where it lies, how it is called, and what is known of it."""
 
-    path: Path
-    name: PurePath  # below the corpus's folder; its suffixes tell the kind
-    domain: str
-    tally: Tally
+    path: str  # or an hf:// address
+    name: str  # below the corpus's folder; its suffixes tell the kind, its top folder the domain
     column: str | None = None  # that holds the texts; None: "text", or the only one of strings
     lone: bool = False  # the whole of a corpus, or of a shard: must be readable
+    tally: Tally = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        match = SUFFIX.search(self.name.name.lower())
-        self.kind, self.suffix = match.group(0, 1) if match else ("no extension", "")
         # What is shown and stored is Unicode, whatever bytes the file system allows.
-        shown = (s.encode(errors="replace").decode() for s in (str(self.name), self.domain))
-        self.example, self.domain = shown
+        self.name = self.name.encode(errors="replace").decode()
+        *folders, name = PurePath(self.name).parts
+        self.domain = "all" if self.lone else [*folders, "top level"][0]
+        match = SUFFIX.search(name.lower())
+        self.kind, self.suffix = match.group(0, 1) if match else ("no extension", "")
 
     def note(self, what: str, n: int = 1) -> None:
         """Count something that was met; the first file of its kind is the example."""
-        self.tally.setdefault((self.kind, what), [0, self.example])[0] += n
+        self.tally.setdefault((self.kind, what), [0, self.name])[0] += n
 
 
 def read_file(file: File) -> Iterator[Document]:
@@ -113,9 +110,9 @@ def _text(file: File, value: Any) -> str | None:
 
 def _values(file: File) -> Iterator[tuple[Any, str]]:
     """Choose the reader by content, then by extension; yield texts, or others, with domains."""
-    if file.name.name.startswith("."):
+    if PurePath(file.name).name.startswith("."):
         raise LeftOut("hidden")
-    if not file.path.is_file():
+    if not os.path.isfile(file.path):
         raise LeftOut("a link to a folder, or not a file")
     with open(file.path, "rb") as packed:
         unpack = next((u for magic, u in UNPACK.items() if packed.peek().startswith(magic)), None)
@@ -123,8 +120,8 @@ def _values(file: File) -> Iterator[tuple[Any, str]]:
         head = stream.peek()
         if head.startswith(b"version https://git-lfs"):
             raise ValueError(f"{file.name} is a git-lfs pointer, not the text; run git lfs pull")
-        if file.suffix in LEFT_OUT or MARKUP_START.match(head):
-            raise LeftOut(LEFT_OUT.get(file.suffix, "markup"))
+        if file.suffix in MARKUP or MARKUP_START.match(head):
+            raise LeftOut("markup")
         if head.startswith(b"PAR1") or file.suffix == ".parquet":
             yield from _rows(file, _parquet(file, stream))
             return
@@ -223,9 +220,7 @@ def _json(text: TextIOWrapper) -> Iterable[Any]:
 def _csv(text: TextIOWrapper) -> Iterable[dict[str, Any]]:
     csv.field_size_limit(1 << 27)  # its own is 128 kB
     header = text.readline()
-    delimiter = max(",;\t|", key=header.count)
-    names = next(csv.reader([header], delimiter=delimiter), [])
-    return csv.DictReader(text, names, delimiter=delimiter)
+    return csv.DictReader(chain([header], text), delimiter=max(",;\t|", key=header.count))
 
 
 ROWS = {".jsonl": _json_lines, ".ndjson": _json_lines, ".json": _json, ".csv": _csv, ".tsv": _csv}

@@ -10,9 +10,6 @@ import json
 import re
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from random import Random
@@ -22,6 +19,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+PREPARE = """
+import json, sys
+from pathlib import Path
+from llmlib import prepare
+from llmlib.config import DataConfig
+prepare.BPE_TRAINING_CHARACTERS = int(sys.argv[3])
+prepare.prepare(DataConfig(**json.loads(sys.argv[1])), Path(sys.argv[2]))
+"""
 PATH = re.compile(r"(?:/api)?/datasets/me/pajama/(resolve|revision|tree)/([^/]+)/?(.*)")
 
 
@@ -48,25 +53,11 @@ class Hub(ThreadingHTTPServer):
         return [path[path.index("data/") :] for path in self.log if "/data/" in path]
 
 
-@contextmanager
-def serve() -> Iterator[Hub]:
-    """Run a hub on a free port of localhost."""
-    with Hub() as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-        try:
-            yield hub
-        finally:
-            hub.shutdown()
-
-
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
         pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
 
     def do_GET(self) -> None:
         if not self.server.commits:
@@ -74,9 +65,8 @@ class _Handler(BaseHTTPRequestHandler):
         path = urlsplit(self.path).path
         if self.command == "GET" and "/resolve/" in path:
             self.server.log.append(unquote(path))
-        kind, revision, name = map(
-            unquote, match.groups() if (match := PATH.fullmatch(path)) else [""] * 3
-        )
+        match = PATH.fullmatch(path)
+        kind, revision, name = map(unquote, match.groups()) if match else [""] * 3
         newest = {"main": [*self.server.commits][-1]}
         sha = (newest | self.server.branches).get(revision, revision)
         files = self.server.commits.get(sha, {})
@@ -85,9 +75,13 @@ class _Handler(BaseHTTPRequestHandler):
         elif kind == "tree":
             self._answer(200, json.dumps(_listing(files, f"{name}/" if name else "")).encode())
         elif kind == "resolve" and name in files:
-            self._send_file(sha, name, files[name])
+            most = self.server.cut_to.get(name) if self.command == "GET" else None
+            headers = {"X-Repo-Commit": sha, "ETag": _hash(files[name])}
+            self._answer(200, files[name][:most], **headers)
         else:
             self._answer(404, **{"X-Error-Code": "EntryNotFound"})
+
+    do_HEAD = do_GET
 
     def _answer(self, status: int, data: bytes = b"", **headers: str) -> None:
         self.send_response(status)
@@ -96,11 +90,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data if self.command == "GET" else b"")
 
-    def _send_file(self, sha: str, path: str, whole: bytes) -> None:
-        headers = {"X-Repo-Commit": sha, "ETag": _hash(whole)}
-        most = self.server.cut_to.get(path) if self.command == "GET" else None
-        self._answer(200, whole[:most], **headers)
-
 
 def _listing(files: dict[str, bytes], folder: str) -> list[dict]:
     """List what lies in a folder: files, and folders one level down."""
@@ -108,10 +97,8 @@ def _listing(files: dict[str, bytes], folder: str) -> list[dict]:
     entries = {}
     for path in below:
         name = folder + path.split("/")[0]
-        kind = (
-            {"type": "file", "size": len(files[name])} if name in files else {"type": "directory"}
-        )
-        entries[name] = kind | {"path": name, "oid": _hash(name.encode())}
+        kind, size = "file" if name in files else "directory", len(files.get(name, ""))
+        entries[name] = {"type": kind, "size": size, "path": name, "oid": _hash(name.encode())}
     return [*entries.values()]
 
 
@@ -119,9 +106,7 @@ def _hash(data: bytes) -> str:
     return hashlib.sha1(data).hexdigest()
 
 
-def parquet(
-    texts: list, *, domain: str = "RedPajamaC4", row_group_size: int | None = None
-) -> bytes:
+def parquet(texts: list, *, domain: str = "RedPajamaC4") -> bytes:
     """Make a parquet file in SlimPajama's layout; bytes among the texts need not be UTF-8."""
     raw = [t.encode() if isinstance(t, str) else t for t in texts]
     columns = {
@@ -129,7 +114,7 @@ def parquet(
         "meta": [{"redpajama_set_name": domain}] * len(texts),
     }
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer, row_group_size=row_group_size)
+    pq.write_table(pa.table(columns), buffer)
     return buffer.getvalue()
 
 

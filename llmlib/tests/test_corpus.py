@@ -1,4 +1,4 @@
-"""Reading text from wherever it comes, whole or damaged."""
+"""What a corpus is made of, and what is said where there is none."""
 
 from importlib.metadata import version
 from pathlib import Path
@@ -7,55 +7,18 @@ import pytest
 
 from llmlib import corpus
 from llmlib.config import DataConfig
-from llmlib.corpus import Document, open_corpus, read_documents
-from llmlib.tests.hub_server import layout, parquet, texts, write
-
-
-def _read(path: Path | str) -> list[Document]:
-    shards = open_corpus(DataConfig(corpus=str(path))).train
-    return [document for shard in shards for document in read_documents(shard)]
-
-
-def test_folder_in_the_hubs_layout_reads_as_datasets_reads_it(tmp_path):
-    import datasets
-
-    write(tmp_path / "hub", layout(3, 150))
-    opened = open_corpus(DataConfig(corpus=str(tmp_path / "hub")))
-    expected = datasets.load_dataset(str(tmp_path / "hub"), cache_dir=str(tmp_path / "cache"))
-    assert opened.source == {"revision": None, "n_documents": 450}
-    for split, shards in {"train": opened.train, **opened.official}.items():
-        documents = [document for shard in shards for document in read_documents(shard)]
-        assert [d.text for d in documents] == list(expected[split]["text"])
-        domains = [meta["redpajama_set_name"] for meta in expected[split]["meta"]]
-        assert [d.domain for d in documents] == domains
-
-
-@pytest.mark.parametrize("blank", ["\n\n", "\r\n\r\n"])
-def test_lone_text_file_is_cut_at_blank_lines_without_loss(tmp_path, blank):
-    text = blank.join(texts(300, seed=0)).encode()
-    (tmp_path / "book.txt").write_bytes(text)
-    pieces = [document.text for document in _read(tmp_path / "book.txt")]
-    assert "".join(pieces).encode() == text
-    assert len(pieces) > 3 and all(piece.endswith("\n") for piece in pieces[:-1])
-    assert all(10_000 <= len(piece) < 12_000 for piece in pieces[:-1])
-
-
-def test_text_files_of_a_folder_are_documents_with_their_folder_as_domain(tmp_path):
-    for name in ("a/1.txt", "a/2.txt", "b/3.txt", "4.txt", ".git/no.txt", ".git/no.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(name)
-    found = {document.text: document.domain for document in _read(tmp_path)}
-    assert found == {"a/1.txt": "a", "a/2.txt": "a", "b/3.txt": "b", "4.txt": "top level"}
+from llmlib.corpus import open_corpus
+from llmlib.tests.hub_server import parquet, texts, write
 
 
 def test_python_corpus_is_larger_and_holds_out_of_the_standard_library_and_torch():
     opened = open_corpus(DataConfig(corpus="python"))
     files = [file for shard in opened.train for file in shard.files]
-    contents = [Path(name).read_bytes() for name, _ in files]
+    contents = [Path(file.path).read_bytes() for file in files]
     assert len(set(contents)) == len(contents) == opened.source["n_documents"]
     assert max(map(len, contents)) <= 400_000 and sum(map(len, contents)) > 40_000_000
-    assert {domain for _, domain in files} == {"stdlib", *corpus.PACKAGES}
-    assert {files[i][1] for i in opened.candidates} == {"stdlib", "torch"}
+    assert {file.domain for file in files} == {"stdlib", *corpus.PACKAGES}
+    assert {files[i].domain for i in opened.candidates} == {"stdlib", "torch"}
     assert opened.source["versions"]["torch"] == version("torch")
     assert open_corpus(DataConfig(corpus="python")) == opened
 
@@ -77,12 +40,3 @@ def test_corpus_that_cannot_be_opened_is_named(tmp_path):
     (tmp_path / "validation-00000-of-00001.parquet").write_bytes(parquet(texts(5, seed=0)))
     with pytest.raises(ValueError, match=r"no train split; its splits: validation"):
         open_corpus(DataConfig(corpus=str(tmp_path)))
-
-
-@pytest.mark.parametrize("damage", ["cut short", "overwritten"])
-def test_corrupt_file_is_named(tmp_path, damage):
-    path, data = tmp_path / "bad.parquet", parquet(texts(500, seed=0))
-    overwritten = data[:100] + bytes(900) + data[1000:]
-    path.write_bytes(overwritten if damage == "overwritten" else data[: len(data) // 2])
-    with pytest.raises(ValueError, match=r"shard train-00000 \(.*bad\..*\) could not be read"):
-        _read(path)

@@ -8,6 +8,7 @@ import os
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,9 +16,7 @@ import pytest
 from llmlib import readers
 from llmlib.config import DataConfig
 from llmlib.corpus import open_corpus, read_documents
-from llmlib.tests.hub_server import parquet, peak_kib, write
-
-STORY = "A small fox went out to look at the rain.\nIt came home wet.\n\nThe end.\n"
+from llmlib.tests.hub_server import parquet, peak_kib, texts, write
 
 
 def _read(path: Path, **settings: object) -> tuple[list[str | None], dict]:
@@ -32,30 +31,23 @@ def _rows(*values: object) -> bytes:
     return "".join(json.dumps({"text": value}) + "\n" for value in values).encode()
 
 
-@pytest.mark.parametrize(
-    "stray",
-    ["index.json", "page.html", "cat.png", "notes.ipynb", "empty.pdf", "a.arrow", "a.tar.gz"],
-)
+STRAY = {"index.json": b'{"made": "2024-05-01"}', "cat.png": b"\x89PNG\r\n\x1a\n\0\0"}
+STRAY |= {"page.html": b"", "page": b"<!DOCTYPE html><p>", "a.pdf": b"%PDF-1.7"}
+
+
+@pytest.mark.parametrize("stray", STRAY)
 def test_stray_file_changes_no_document_and_is_named(tmp_path, stray):
-    stories = {f"story{i}.txt": STORY.encode() * 5 for i in range(3)}
-    expected, _ = _read(write(tmp_path / "alone", stories))
-    content = {"index.json": b'{"made": "2024-05-01"}', "cat.png": b"\x89PNG\r\n\x1a\n\0\0"}
-    content = content.get(stray, b"%PDF-1.7 <html>" if "pdf" in stray else b"<!DOCTYPE html><p>")
-    found, met = _read(write(tmp_path / "beside", stories | {stray: content}))
-    assert found == expected == [STORY * 5] * 3
+    stories = {f"story{i}.txt": b"A fox came home wet.\n\nThe end.\n" for i in range(3)}
+    found, met = _read(write(tmp_path, stories | {stray: STRAY[stray]}))
+    assert found == ["A fox came home wet.\n\nThe end.\n"] * 3
     [reason] = [what for kind, what in met if kind != ".txt"]
     assert reason.startswith("files left out: ")
-    remedy = {"a.arrow": "to_parquet", "a.tar.gz": "unpack it", "index.json": "text_column"}
-    with pytest.raises(ValueError, match=remedy.get(stray, "could not be read")):
-        _read(tmp_path / "beside" / stray)
+    with pytest.raises(ValueError, match="text_column" if "json" in stray else "could not be read"):
+        _read(tmp_path / stray)
 
 
-PACKERS = {
-    ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
-    ".zst": partial(pa.compress, codec="zstd", asbytes=True),
-}
+PACKERS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+PACKERS[".zst"] = partial(pa.compress, codec="zstd", asbytes=True)
 
 
 @pytest.mark.parametrize("packed", ["", *PACKERS, "content only"])
@@ -91,20 +83,19 @@ def test_names_that_all_follow_a_split_pattern_make_splits(tmp_path):
 
 
 def test_what_no_reader_should_open_is_named(tmp_path):
-    write(tmp_path, {"a.txt": b"a", ".git/config": b"", "._theirs.csv": b"\0", "b/c.txt": b"c"})
+    write(tmp_path, {"a.txt": b"a", ".git/a.txt": b"", "._theirs.csv": b"\0", "b/d/c.txt": b"c"})
     os.mkfifo(tmp_path / "pipe.txt")
     (tmp_path / "loop").symlink_to(tmp_path)
     (tmp_path / "gone.txt").symlink_to("nowhere")
     write(tmp_path / os.fsdecode(b"caf\xe9"), {os.fsdecode(b"d\xe9.rst"): b"d"})
-    found, met = _read(tmp_path)
-    assert sorted(found) == ["a", "c", "d"]
-    left_out = {key: n for key, n in met.items() if "left out" in key[1]}
+    [shard], tally = open_corpus(DataConfig(corpus=str(tmp_path))).train, {}
+    found = {d.text: d.domain for d in read_documents(shard, tally)}
+    assert found == {"a": "top level", "c": "b", "d": "caf?"}
+    assert tally[".rst", "files read"] == [1, "caf?/d?.rst"]
+    left_out = {key: n for key, (n, _) in tally.items() if "left out" in key[1]}
     hidden, no_file = "files left out: hidden", "files left out: a link to a folder, or not a file"
     expected = {("no extension", hidden): 1, (".csv", hidden): 1}
     assert left_out == expected | {("no extension", no_file): 1, (".txt", no_file): 2}
-    [shard], tally = open_corpus(DataConfig(corpus=str(tmp_path))).train, {}
-    assert {d.domain for d in read_documents(shard, tally)} == {"top level", "b", "caf?"}
-    assert tally[".rst", "files read"] == [1, "caf?/d?.rst"]
 
 
 @pytest.mark.parametrize("name", ["story.txt", "train-00000-of-00001.parquet", "a.jsonl"])
@@ -134,6 +125,16 @@ def test_lines_of_the_end_of_text_marker_separate_documents(tmp_path, end):
             assert met[".txt", "<|endoftext|> as text"] == 30_000
 
 
+@pytest.mark.parametrize("blank", ["\n\n", "\r\n\r\n"])
+def test_lone_text_file_is_cut_at_blank_lines_without_loss(tmp_path, blank):
+    text = blank.join(texts(300, seed=0)).encode()
+    (tmp_path / "book.txt").write_bytes(text)
+    pieces = _read(tmp_path / "book.txt")[0]
+    assert "".join(pieces).encode() == text
+    assert len(pieces) > 3 and all(piece.endswith("\n") for piece in pieces[:-1])
+    assert all(10_000 <= len(piece) < 12_000 for piece in pieces[:-1])
+
+
 def test_text_without_blank_lines_is_cut_at_line_ends_then_anywhere(tmp_path):
     lines, one_line = "a line of text\n" * 300_000, "漢字" * 700_000
     for text in (lines, one_line):
@@ -155,8 +156,8 @@ def test_text_of_a_folder_is_whole_up_to_a_size(tmp_path):
 
 READ = """
 import sys
-from llmlib import corpus
-n_read = sum(len(d.text) for d in corpus.read_documents(corpus.Shard("x", sys.argv[1])))
+from llmlib.readers import File, read_file
+n_read = sum(len(d.text) for d in read_file(File(sys.argv[1], sys.argv[1], lone=True)))
 assert n_read > 0.9e6 * int(sys.argv[2])
 """
 
@@ -209,18 +210,11 @@ def test_fields_that_are_not_used_never_matter(tmp_path):
     assert len(_read(write(tmp_path, {"a.jsonl": lines}))[0]) == 10_000
 
 
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (["a", "b"], ["a", "b"]),
-        ([{"text": "a"}, {"text": "b"}], ["a", "b"]),
-        ({"text": "a"}, ["a"]),
-    ],
-)
+@pytest.mark.parametrize("value", [["a", "b"], [{"text": "a"}, {"text": "b"}], {"text": "a"}])
 @pytest.mark.parametrize("indent", [None, 1])
-def test_json_holds_rows_or_is_named_for_what_it_holds(tmp_path, value, expected, indent):
+def test_json_holds_rows_or_is_named_for_what_it_holds(tmp_path, value, indent):
     path = write(tmp_path, {"my.json": json.dumps(value, indent=indent).encode()}) / "my.json"
-    assert _read(path)[0] == expected
+    assert _read(path)[0] == ["a", "b"][: len(value)]
     path.write_text(json.dumps({"data": value}, indent=indent))
     with pytest.raises(ValueError, match=r"no 'text' column \(it has data: "):
         _read(path)
@@ -239,18 +233,19 @@ def test_strings_of_every_kind_are_read(tmp_path, kind):
 @pytest.mark.parametrize("suffix", ["parquet", "jsonl"])
 def test_column_of_the_texts_is_asked_for_or_the_only_one_of_strings(tmp_path, suffix):
     def read(rows: list[dict], **settings: object) -> tuple:
-        path = tmp_path / f"my.{suffix}"
-        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        path, table = tmp_path / f"my.{suffix}", pd.DataFrame(rows)
         if suffix == "parquet":
-            pq.write_table(pa.Table.from_pylist(rows), path)
+            table.to_parquet(path)
         else:
-            path.write_text(lines)
+            table.to_json(path, orient="records", lines=True)
         return _read(path, **settings)
 
     found, met = read([{"content": "a", "stars": 1, "meta": '{"redpajama_set_name": "x"}'}])
     assert found == ["a"] and (f".{suffix}", "files whose texts are column 'content'") in met
     assert read([{"title": "a", "body": "b"}], text_column="body")[0] == ["b"]
     assert read([{"document": {"text": "a"}}], text_column="document.text")[0] == ["a"]
+    found, met = read([{"text": ["a", "b"]}, {"text": ["c"]}])
+    assert found == [None, None] and met[f".{suffix}", "documents left out: list"] == 2
     with pytest.raises(ValueError, match=r"no 'text' column \(it has title: str, body: str\)"):
         read([{"title": "a", "body": "b"}])
     with pytest.raises(ValueError, match=r"no 'text' column \(it has document: (dict|struct).*\)"):
@@ -259,17 +254,20 @@ def test_column_of_the_texts_is_asked_for_or_the_only_one_of_strings(tmp_path, s
         read([{"title": "a"}], text_column="body")
 
 
-def test_column_of_lists_is_named_for_what_it_is(tmp_path):
-    pq.write_table(pa.table({"text": [["a", "b"], ["c"]]}), tmp_path / "my.parquet")
-    found, met = _read(tmp_path / "my.parquet")
-    assert found == [None, None] and met[".parquet", "documents left out: list"] == 2
-
-
 def test_string_of_parquet_that_is_not_utf8_costs_itself(tmp_path):
     (tmp_path / "my.parquet").write_bytes(parquet(["a", b"caf\xe9", None, "", "b"]))
     found, met = _read(tmp_path)
     assert found == ["a", "caf\ufffd", None, None, "b"]
     assert met[".parquet", readers.NOT_UTF8] == met[".parquet", "characters replaced"] == 1
+
+
+@pytest.mark.parametrize("damage", ["cut short", "overwritten"])
+def test_corrupt_file_is_named(tmp_path, damage):
+    path, data = tmp_path / "bad.parquet", parquet(texts(500, seed=0))
+    overwritten = data[:100] + bytes(900) + data[1000:]
+    path.write_bytes(overwritten if damage == "overwritten" else data[: len(data) // 2])
+    with pytest.raises(ValueError, match=r"shard train-00000 \(.*bad\..*\) could not be read"):
+        _read(path)
 
 
 def test_domain_stands_in_meta_as_object_or_as_json(tmp_path):
