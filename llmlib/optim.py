@@ -86,11 +86,10 @@ class Muon(torch.optim.AdamW):
 
 def zero_state(optimizer: torch.optim.Optimizer, params: list[Tensor], name: str) -> list[Tensor]:
     """List the state of that name of each parameter; it begins as zeros."""
-    states = [optimizer.state[p] for p in params]
-    for p, state in zip(params, states, strict=True):
-        if name not in state:
-            state[name] = torch.zeros_like(p)
-    return [state[name] for state in states]
+    for p in params:
+        if name not in optimizer.state[p]:
+            optimizer.state[p][name] = torch.zeros_like(p)
+    return [optimizer.state[p][name] for p in params]
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,19 +121,13 @@ class Sophia(torch.optim.Optimizer):
     DRAWN_AT_ONCE = 4  # sequences: all logits of a micro-batch would need more memory than a step
 
     def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], rho: float):
-        super().__init__(groups, {"lr": lr, "betas": betas})
-        self.rho, self.first = rho, self.param_groups[0]["params"][0]
-        # Of all entries, in the last step that had a new Hessian:
-        self.unclipped_share = torch.zeros((), device=self.first.device)
-
-    @property
-    def n_steps(self) -> int:
-        """Steps taken; kept with the first parameter's state, so that checkpoints bring it back."""
-        return int(self.state[self.first].get("step", 0))
+        super().__init__(groups, {"lr": lr, "betas": betas, "n_steps": 0})  # in checkpoints too
+        self.rho = rho
+        self.unclipped_share = 0.0  # of all entries, in the last step that had a new Hessian
 
     @property
     def hessian_is_due(self) -> bool:
-        return self.n_steps % self.HESSIAN_INTERVAL == 0
+        return self.param_groups[0]["n_steps"] % self.HESSIAN_INTERVAL == 0
 
     def estimate_hessian(self, model: nn.Module, inputs: Tensor) -> None:
         """Take inputs (n_sequences, T) into the estimate: about one and a third passes over them.
@@ -145,7 +138,8 @@ class Sophia(torch.optim.Optimizer):
         bare = getattr(model, "module", model)
         bare = getattr(bare, "_orig_mod", bare)
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        generator = torch.Generator(inputs.device).manual_seed(self.n_steps * size + rank)
+        seed = self.param_groups[0]["n_steps"] * size + rank
+        generator = torch.Generator(inputs.device).manual_seed(seed)
         with torch.no_grad():
             labels = [draw(bare(x), generator) for x in inputs.split(self.DRAWN_AT_ONCE)]
         torch.clear_autocast_cache()  # some versions of torch keep casts made without gradients
@@ -159,7 +153,6 @@ class Sophia(torch.optim.Optimizer):
             hessians = zero_state(self, params, "hessian")
             torch._foreach_mul_(hessians, beta2)
             torch._foreach_addcmul_(hessians, grads, grads, (1 - beta2) * n)
-        self.zero_grad()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -178,9 +171,9 @@ class Sophia(torch.optim.Optimizer):
             torch._foreach_clamp_min_(updates, -1.0)
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, updates, alpha=-group["lr"])
+            group["n_steps"] += 1
         if is_new:
             self.unclipped_share = n_unclipped / n_params
-        self.state[self.first]["step"] = self.n_steps + 1
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:

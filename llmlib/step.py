@@ -26,9 +26,8 @@ def join_processes() -> None:
     if devices.accelerator():
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     store, rank, size = next(dist.rendezvous("env://"))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # It outlives a restart and remembers where the dead could be reached (pytorch #135712).
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    # The store may outlive a restart; it knows where the dead could be reached (pytorch #135712).
+    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(store=store, rank=rank, world_size=size)
 
 

@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmlib import checkpoint, data, devices, runs, step
@@ -209,9 +209,8 @@ class Trainer:
             final = step.evaluate(self.model, windows, self.device, self.dtype)
             result = self._summary() | {"val": final, "val_sha256": data.sha256(windows)}
             if self.config.keep_weights:
-                save_file(self.model.state_dict(), self.path / "model.safetensors")
-                with open(self.path / "model.safetensors", "rb") as file:
-                    runs.sync(file)
+                weights = safetensors.torch.save(self.model.state_dict())
+                runs.write_atomic(self.path / "model.safetensors", weights)
             runs.write_json(self.path / "result.json", result)  # it means done
             for name in ("checkpoints", "compiled"):  # for resumes only
                 shutil.rmtree(self.path / name, ignore_errors=True)
@@ -267,8 +266,7 @@ class Trainer:
         """Save, and say why that failed, if it ``waits``, or why the save before did."""
         self.state.seconds = dict(self.budget.seconds)
         failure = self.saver.save(self.model, self.optimizer, asdict(self.state))
-        if waits:
-            failure = self.saver.wait()
+        failure = self.saver.wait() if waits else failure
         self.budget.book("checkpoint")
         self.save_at = self.budget.total + 60 * self.config.checkpoint_minutes
         return failure and f"the checkpoint could not be saved ({failure}; is the disk full?)"

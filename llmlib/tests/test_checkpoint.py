@@ -76,14 +76,14 @@ def test_the_newest_two_are_kept_and_a_step_saved_again_replaces_the_first(tmp_p
     assert restore(*train_a_little(), newest_valid(tmp_path))["n_skipped"] == 1
 
 
-@pytest.mark.parametrize("call", ["os.fsync", "os.replace", "hashlib.sha256"])
+@pytest.mark.parametrize("call", ["runs.os.fsync", "runs.os.replace", "checkpoint.hashlib.sha256"])
 def test_write_that_dies_leaves_the_old_checkpoint_in_use(tmp_path, monkeypatch, call):
     """Wherever a write ends, what was there before is found again."""
     save(tmp_path, 1)
-    (tmp_path / ".new").touch()  # by a signal that let it tidy up nothing
+    (tmp_path / ".00000002.tmp").touch()  # by a signal that let it tidy up nothing
     packed = checkpoint.pack(*train_a_little(), {"step": 2})
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(f"llmlib.checkpoint.{call}", lambda *_: (_ for _ in ()).throw(SystemExit))
+        patch.setattr(f"llmlib.{call}", lambda *_: (_ for _ in ()).throw(SystemExit))
         checkpoint.write(tmp_path, 2, packed)
     assert newest_valid(tmp_path).stem == "00000001"
     save(tmp_path, 2)

@@ -19,7 +19,6 @@ import torch
 from safetensors.torch import load_file
 
 from llmlib import budget, checkpoint, data, devices, prepare, runs, step, train
-from llmlib import trainer as trainer_room
 from llmlib.config import DataConfig, llama_config, override
 from llmlib.schedule import lr_factor
 from llmlib.tests.conftest import FP32, SMOKE
@@ -170,7 +169,7 @@ def test_second_process_on_a_run_is_refused_and_changes_nothing(make_run, capsys
 
 def test_run_that_dies_while_finishing_takes_no_step_more(run, trainer, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(trainer_room, "save_file", give_up)
+        patch.setattr("safetensors.torch.save", give_up)
         trainer(SHORT).run()
     assert not (run / "result.json").exists()
     monkeypatch.setattr(step, "train_step", None)  # calling it would fail
