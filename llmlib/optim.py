@@ -1,15 +1,21 @@
-"""Optimizers: how parameters are grouped, AdamW, Muon and Sophia.
+"""Optimizers: how parameters are grouped, the schedule of their rates, AdamW, Muon and Sophia.
 
-Each group has a peak rate of its own, and every step sets its share of it; nothing here knows about
-time. A step works on lists of tensors, so that a GPU is not kept waiting by launches, and never
-reads a number back from the device.
+Each group has a peak rate of its own, and every step sets its share of it, a pure function of
+progress: the share of the budget that is done, whatever that counts (seconds, tokens or steps);
+``budget`` owns the clock. A step works on lists of tensors, so that a GPU is not kept waiting by
+launches, and never reads a number back from the device.
 """
+
+import math
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmlib.config import TrainConfig
+
+FIRST = 0.01  # share of the peak on the first step of a warm-up
+SHARE_THAT_FITTED = 8_780 / 10_000  # of the steps the winner planned, when his time was up
 
 
 def param_groups(model: nn.Module, config: TrainConfig, weight_decay: float) -> list[dict]:
@@ -48,6 +54,33 @@ def build_optimizer(
         return Sophia(groups, config.lr, (0.965, 0.99), config.rho)
     tokens_per_step = config.n_sequences * model.config.seq_len
     return Sophia(groups, config.lr, config.betas, config.rho * 5120 / tokens_per_step)
+
+
+def lr_factor(config: TrainConfig, progress: float) -> float:
+    """Evaluate the config's schedule; the first step has progress 0, the last one exactly 1.
+
+    one_cycle: up on a cosine from 1/100, down on one to ``final_lr`` (torch's OneCycleLR, Smith and
+    Topin 2018), the recipe's. one_cycle_unfinished breaks off where the winner's run did, which was
+    planned on steps and stopped by the clock. The others rise linearly. cosine falls on a cosine
+    (arXiv:1608.03983), linear linearly (arXiv:2502.15938), wsd stays at the peak until the last
+    ``cooldown`` (arXiv:2405.18392).
+    """
+    start = config.warmup
+    if config.schedule == "one_cycle_unfinished":
+        progress *= SHARE_THAT_FITTED
+    if progress < start:
+        is_cosine = config.schedule.startswith("one_cycle")
+        return _cosine(FIRST, 1.0, progress / start) if is_cosine else max(progress / start, FIRST)
+    if config.schedule == "wsd":
+        start = max(start, 1 - config.cooldown)
+    fallen = (progress - start) / (1 - start) if progress > start else 0.0
+    if config.schedule in ("linear", "wsd"):
+        return 1.0 + (config.final_lr - 1.0) * fallen
+    return _cosine(1.0, config.final_lr, fallen)
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
 
 
 class Muon(torch.optim.AdamW):

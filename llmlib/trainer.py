@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from llmlib import checkpoint, data, devices, runs, step
 from llmlib.budget import KINDS, Budget
 from llmlib.model import build_model
-from llmlib.optim import build_optimizer
-from llmlib.schedule import lr_factor
+from llmlib.optim import build_optimizer, lr_factor
 from llmlib.sizing import count_params, flops_per_token
 
 MAX_BAD_STEPS = 3  # steps in a row that are not finite before the run goes back, once

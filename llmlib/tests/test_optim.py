@@ -1,4 +1,4 @@
-"""Optimizers: who is in which group, and steps against torch's and against the papers' equations."""
+"""Optimizers and schedules: against torch's and the papers' equations, and what they promise."""
 
 import math
 
@@ -6,14 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim import lr_scheduler
 from torch.utils._pytree import tree_leaves
 
 from llmlib import checkpoint, optim
-from llmlib.config import OPTIMIZERS, ModelConfig, TrainConfig, resize
+from llmlib.config import OPTIMIZERS, SCHEDULES, ModelConfig, TrainConfig, resize
 from llmlib.model import build_model
-from llmlib.optim import Sophia, build_optimizer, orthogonalize
+from llmlib.optim import Sophia, build_optimizer, lr_factor, orthogonalize
 from llmlib.step import autocast, train_step
 
+pytestmark = pytest.mark.filterwarnings("ignore:Detected call of")  # schedules without steps
 SHAPE = {"vocab_size": 64, "seq_len": 16, "n_layer": 2, "n_head": 2, "d_model": 16}
 LLAMA = ModelConfig(d_ff=32, **SHAPE)
 MODELS = {"llama": LLAMA, "gpt2": resize(LLAMA, arch="gpt2", d_model=16)}
@@ -290,3 +292,66 @@ def test_hessian_that_is_not_finite_does_not_reach_the_weights():
     optimizer.estimate_hessian(broken, batch(0)[0])
     take_steps(model, optimizer, [0])
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+# ------------------------------------------------------------------ schedules
+
+
+def rate(schedule, progress, warmup, final_lr, cooldown=0.5):
+    shape = {"warmup": warmup, "final_lr": final_lr, "cooldown": cooldown}
+    return lr_factor(TrainConfig(schedule=schedule, **shape), progress)
+
+
+def torchs_rates(schedule, n_steps, **settings):
+    """The rates that a schedule of torch gives to steps 0 to ``n_steps``."""
+    scheduler = schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0), **settings)
+    yield from scheduler.get_last_lr()
+    for _ in range(n_steps):
+        scheduler.step()
+        yield from scheduler.get_last_lr()
+
+
+@pytest.mark.parametrize(("name", "n_steps"), [("one_cycle", 1000), ("one_cycle_unfinished", 878)])
+def test_one_cycle_of_1000_steps_matches_torch_as_far_as_it_gets(name, n_steps):
+    peak, settings = 1.25e-3, {"total_steps": 1001, "pct_start": 0.05, "div_factor": 100}
+    settings |= {"final_div_factor": 0.1}  # of the initial rate: peak / 100 / 0.1 = 0.1 peak
+    theirs = torchs_rates(lr_scheduler.OneCycleLR, n_steps, max_lr=peak, **settings)
+    warmup = (0.05 * 1001 - 1) / 1000  # torch ends it one step before the share is full
+    for step, expected in enumerate(theirs):
+        ours = peak * rate(name, step / n_steps, warmup, final_lr=0.1)
+        assert ours == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "settings"),
+    [
+        ("cosine", lr_scheduler.CosineAnnealingLR, {"T_max": 900, "eta_min": 0.1}),
+        (
+            "linear",
+            lr_scheduler.LinearLR,
+            {"start_factor": 1, "end_factor": 0.1, "total_iters": 900},
+        ),
+    ],
+)
+def test_after_the_warmup_the_fall_is_torchs(name, theirs, settings):
+    for step, expected in enumerate(torchs_rates(theirs, 900, **settings)):
+        assert rate(name, 0.1 + step / 1000, 0.1, 0.1) == pytest.approx(expected)
+
+
+def test_wsd_stays_at_the_peak_and_falls_along_a_line_at_the_end():
+    progress = [0.0, 0.05, 0.1, 0.5, 0.75, 0.8, 0.9, 1.0]
+    rates = [rate("wsd", p, 0.1, 0.2, cooldown=0.25) for p in progress]
+    assert rates == pytest.approx([0.01, 0.5, 1.0, 1.0, 1.0, 0.84, 0.52, 0.2])
+    assert rate("wsd", 1.0, 0.1, 0.2, cooldown=0.0) == 1.0
+    for p in progress:  # too long a one begins behind the warm-up
+        assert rate("wsd", p, 0.1, 0.2, cooldown=0.95) == rate("linear", p, 0.1, 0.2)
+
+
+@pytest.mark.parametrize("name", [s for s in SCHEDULES if s != "one_cycle_unfinished"])
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize("final_lr", [0.0, 0.1])
+def test_schedule_starts_low_peaks_and_ends_where_promised(name, warmup, final_lr):
+    rates = [rate(name, i / 1000, warmup, final_lr) for i in range(1001)]
+    assert rates[-1] == pytest.approx(final_lr, abs=1e-15)
+    assert rates[round(1000 * warmup)] == max(rates) == 1.0
+    assert rates[0] == pytest.approx(0.01 if warmup else 1.0)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from llmlib import budget, checkpoint, data, devices, prepare, runs, step, train
 from llmlib.config import DataConfig, llama_config, override
-from llmlib.schedule import lr_factor
+from llmlib.optim import lr_factor
 from llmlib.tests.conftest import FP32, SMOKE
 from llmlib.trainer import MAX_BAD_STEPS, Stopped, Trainer
 
