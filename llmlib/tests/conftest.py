@@ -19,6 +19,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # at these sizes, threads only wait for eac
 
 from llmlib import checkpoint, runs
 from llmlib.config import SCALES, ModelConfig, TrainConfig, override
+from llmlib.trainer import Stopped, Trainer
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 SMOKE = SCALES["smoke"]
@@ -98,6 +99,20 @@ class Training:
         """Wait for the end and return exit status and output."""
         output, _ = self.process.communicate(timeout=600)
         return self.process.returncode, output
+
+
+def stop_after(trainer: Trainer, n_steps: int) -> None:
+    """Ask for a stop when a step is reached, as a signal does."""
+    trainer.must_stop = lambda: "tested" if trainer.state.step == n_steps else None
+    with pytest.raises(Stopped, match=f"tested: saved and stopped at step {n_steps}"):
+        trainer.run()
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of each step of a run, which has logged every step once."""
+    rows = runs.read_metrics(run, "step")
+    assert rows.step.tolist() == list(range(1, len(rows) + 1))
+    return rows.loss.tolist()
 
 
 def newest_checkpoint(run: Path) -> int:
