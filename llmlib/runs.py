@@ -125,14 +125,13 @@ def lock(folder: Path) -> Iterator[None]:
     on this host loses it, and another host's is named with the command that removes it.
     """
     soft, owner = folder / "lock.soft", folder / "lock.owner"
-    options = {"timeout": 1.0, "is_singleton": False}
     try:
         try:
-            held = filelock.FileLock(folder / "lock", **options).acquire()
+            held = filelock.FileLock(folder / "lock").acquire(timeout=1.0)
         except OSError as error:
             if isinstance(error, filelock.Timeout):
                 raise
-            held = filelock.SoftFileLock(soft, **options).acquire()
+            held = filelock.SoftFileLock(soft).acquire(timeout=1.0)
     except filelock.Timeout:
         name = owner.read_text() if owner.exists() else "another process"
         remedy = f"wait for it or stop it. If its host is gone: rm {soft}"

@@ -82,7 +82,7 @@ class Trainer:
         share = {"rank": step.rank(), "world_size": step.world_size()}
         batches = data.prefetch(batches, self.state.data_step, self.device, **share)
         self.budget.start()
-        while (progress := self._next_progress()) is not None:
+        while not self.state.is_over and (progress := self._next_progress()) is not None:
             before = self.state.progress
             self._take_step(*next(batches), progress)
             if self.n_bad_in_a_row == MAX_BAD_STEPS:
@@ -94,10 +94,9 @@ class Trainer:
 
     def _next_progress(self) -> float | None:
         """Take from the main process how far the run is, None when the budget is spent."""
-        state, mine, reason = self.state, None, None
-        if not state.is_over:
-            mine = self.budget.next_progress(state.step, before=state.progress)
-            reason = None if mine is None else self.must_stop()
+        state = self.state
+        mine = self.budget.next_progress(state.step, before=state.progress)
+        reason = None if mine is None else self.must_stop()
         progress, stops = step.broadcast(-1.0 if mine is None else mine, reason is not None)
         if stops:
             failure = self._save(waits=True) if step.is_main() else None

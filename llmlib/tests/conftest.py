@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -59,6 +60,14 @@ def make_run(tmp_path: Path, smoke_tokens: Path) -> Callable[..., Path]:
         return run
 
     return make
+
+
+@pytest.fixture
+def limit_files() -> Iterator[Callable[..., None]]:
+    """Return a function that limits what a file can hold [bytes]: more fails, as on a full disk."""
+    usual, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n=usual: resource.setrlimit(resource.RLIMIT_FSIZE, (n, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (usual, most))
 
 
 class Training:

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import socket
@@ -64,14 +63,18 @@ def main(*runs):
             signal.signal(number, handler)
 
 
+def assert_same_weights(run, reference):
+    weights = (load_file(path / "model.safetensors") for path in (run, reference))
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
+
+
 def assert_same_run(run, reference):
     """Same steps, losses and weights, bit by bit."""
     ours, theirs = table(run), table(reference)
     for column in ("step", "loss", "grad_norm", "lr", "progress"):
         assert ours[column].tolist() == theirs[column].tolist()
     assert table(run, "eval").val_loss.tolist() == table(reference, "eval").val_loss.tolist()
-    a, b = (load_file(path / "model.safetensors") for path in (run, reference))
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert_same_weights(run, reference)
 
 
 def at_call(monkeypatch, n, act):
@@ -411,30 +414,19 @@ def test_out_of_memory_halves_the_micro_batch_and_changes_nothing_else(run, trai
         never.run()
 
 
-def test_full_disk_costs_checkpoints_and_not_the_run(run, trainer, undisturbed):
+def test_full_disk_costs_checkpoints_and_not_the_run(run, trainer, undisturbed, limit_files):
     """Nothing can be written in the middle third of the run: no checkpoint, no metrics.
 
     A disk that is full at the start is an error.
     """
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ours = trainer(LONG)
-
-    def fill_disk():
-        is_full = 20 <= ours.state.step < 40
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10 if is_full else limits[0], limits[1]))
-
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-        with pytest.raises(ValueError, match=r"File too large.*free some space and run again"):
-            ours.run()
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        ours.must_stop = fill_disk
-        result = ours.run()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert result["n_steps"] == 60
-    ours, theirs = (load_file(r / "model.safetensors") for r in (run, undisturbed))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    limit_files(1000)
+    with pytest.raises(ValueError, match=r"File too large.*free some space and run again"):
+        ours.run()
+    limit_files()
+    ours.must_stop = lambda: limit_files(10) if 20 <= ours.state.step < 40 else limit_files()
+    assert ours.run()["n_steps"] == 60
+    assert_same_weights(run, undisturbed)
 
 
 # ------------------------------------------------------------------ golden
