@@ -321,12 +321,9 @@ def test_run_resumed_near_its_deadline_compiles_only_if_that_fits(
 
 def test_open_phase_counts_up_to_the_last_write(run, trainer):
     stop_after(trainer(SHORT), 3)
-    (run / "compiled").mkdir()
-    (run / "compiled" / "graph").touch()
-    for path in (run / "metrics.jsonl", *(run / "checkpoints").iterdir()):
-        os.utime(path, (1000, 1000))
-    for path in (run / "compiled", run / "compiled" / "graph"):
-        os.utime(path, (1060, 1060))
+    runs.write_atomic(run / "compiled" / "graph", "")
+    for path in run.rglob("*"):
+        os.utime(path, (0, 1060) if "compiled" in path.parts else (0, 1000))
     assert trainer(SHORT)._logged_seconds() == pytest.approx(table(run).seconds.iloc[-1] + 60)
 
 
