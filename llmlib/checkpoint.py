@@ -7,7 +7,6 @@ memory and writes it in the background.
 
 import hashlib
 import io
-import os
 import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from llmlib.runs import sync
+from llmlib.runs import write_atomic
 
 N_KEEP = 2  # newest ones
 
@@ -48,16 +47,11 @@ def newest_valid(folder: Path) -> Path | None:
 
 
 def write(folder: Path, step: int, packed: memoryview) -> None:
-    """Write one checkpoint aside, sync it, rename it, and drop older ones."""
-    folder.mkdir(parents=True, exist_ok=True)
-    final, aside = folder / f"{step:08d}.{hashlib.sha256(packed).hexdigest()}", folder / ".new"
-    try:
-        with open(aside, "wb") as file:
-            file.write(packed)
-            sync(file)
-        os.replace(aside, final)
-    finally:
-        aside.unlink(missing_ok=True)
+    """Write one checkpoint, and drop older ones and what a killed process left half-written."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+    final = folder / f"{step:08d}.{hashlib.sha256(packed).hexdigest()}"
+    write_atomic(final, packed)
     for path in set(folder.glob(f"{final.stem}.*")) - {final}:  # the same step, saved before
         path.unlink()
     for path in sorted(folder.glob("[0-9]*"))[:-N_KEEP]:

@@ -56,14 +56,13 @@ def n_accelerators() -> int:
 
 
 def device_name() -> str:
-    kind = accelerator()
-    module = torch.get_device_module(kind) if kind else None
-    return getattr(module, "get_device_name", lambda: kind.type.upper() if kind else "CPU")()
+    kind = accelerator() or torch.device("cpu")
+    return getattr(torch.get_device_module(kind), "get_device_name", kind.type.upper)()
 
 
 def memory_bytes() -> int | None:
     """Return the memory of the accelerator, None on a CPU and where torch does not tell."""
-    module = torch.get_device_module(accelerator()) if accelerator() else None
+    module = torch.get_device_module(accelerator() or "cpu")
     properties = getattr(module, "get_device_properties", None)
     return properties().total_memory if properties else None
 

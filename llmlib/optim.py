@@ -1,15 +1,21 @@
-"""Optimizers: how parameters are grouped, AdamW, Muon and Sophia.
+"""Optimizers: how parameters are grouped, the schedule of their rates, AdamW, Muon and Sophia.
 
-Each group has a peak rate of its own, and every step sets its share of it; nothing here knows about
-time. A step works on lists of tensors, so that a GPU is not kept waiting by launches, and never
-reads a number back from the device.
+Each group has a peak rate of its own, and every step sets its share of it, a pure function of
+progress: the share of the budget that is done, whatever that counts (seconds, tokens or steps);
+``budget`` owns the clock. A step works on lists of tensors, so that a GPU is not kept waiting by
+launches, and never reads a number back from the device.
 """
+
+import math
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from llmlib.config import TrainConfig
+
+FIRST = 0.01  # share of the peak on the first step of a warm-up
+SHARE_THAT_FITTED = 8_780 / 10_000  # of the steps the winner planned, when his time was up
 
 
 def param_groups(model: nn.Module, config: TrainConfig, weight_decay: float) -> list[dict]:
@@ -50,6 +56,33 @@ def build_optimizer(
     return Sophia(groups, config.lr, config.betas, config.rho * 5120 / tokens_per_step)
 
 
+def lr_factor(config: TrainConfig, progress: float) -> float:
+    """Evaluate the config's schedule; the first step has progress 0, the last one exactly 1.
+
+    one_cycle: up on a cosine from 1/100, down on one to ``final_lr`` (torch's OneCycleLR, Smith and
+    Topin 2018), the recipe's. one_cycle_unfinished breaks off where the winner's run did, which was
+    planned on steps and stopped by the clock. The others rise linearly. cosine falls on a cosine
+    (arXiv:1608.03983), linear linearly (arXiv:2502.15938), wsd stays at the peak until the last
+    ``cooldown`` (arXiv:2405.18392).
+    """
+    start = config.warmup
+    if config.schedule == "one_cycle_unfinished":
+        progress *= SHARE_THAT_FITTED
+    if progress < start:
+        is_cosine = config.schedule.startswith("one_cycle")
+        return _cosine(FIRST, 1.0, progress / start) if is_cosine else max(progress / start, FIRST)
+    if config.schedule == "wsd":
+        start = max(start, 1 - config.cooldown)
+    fallen = (progress - start) / (1 - start) if progress > start else 0.0
+    if config.schedule in ("linear", "wsd"):
+        return 1.0 + (config.final_lr - 1.0) * fallen
+    return _cosine(1.0, config.final_lr, fallen)
+
+
+def _cosine(start: float, end: float, share: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * share)) / 2
+
+
 class Muon(torch.optim.AdamW):
     """Muon for the first group, the hidden matrices, AdamW for the others (K. Jordan 2024).
 
@@ -86,11 +119,10 @@ class Muon(torch.optim.AdamW):
 
 def zero_state(optimizer: torch.optim.Optimizer, params: list[Tensor], name: str) -> list[Tensor]:
     """List the state of that name of each parameter; it begins as zeros."""
-    states = [optimizer.state[p] for p in params]
-    for p, state in zip(params, states, strict=True):
-        if name not in state:
-            state[name] = torch.zeros_like(p)
-    return [state[name] for state in states]
+    for p in params:
+        if name not in optimizer.state[p]:
+            optimizer.state[p][name] = torch.zeros_like(p)
+    return [optimizer.state[p][name] for p in params]
 
 
 def orthogonalize(matrices: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,19 +154,13 @@ class Sophia(torch.optim.Optimizer):
     DRAWN_AT_ONCE = 4  # sequences: all logits of a micro-batch would need more memory than a step
 
     def __init__(self, groups: list[dict], lr: float, betas: tuple[float, float], rho: float):
-        super().__init__(groups, {"lr": lr, "betas": betas})
-        self.rho, self.first = rho, self.param_groups[0]["params"][0]
-        # Of all entries, in the last step that had a new Hessian:
-        self.unclipped_share = torch.zeros((), device=self.first.device)
-
-    @property
-    def n_steps(self) -> int:
-        """Steps taken; kept with the first parameter's state, so that checkpoints bring it back."""
-        return int(self.state[self.first].get("step", 0))
+        super().__init__(groups, {"lr": lr, "betas": betas, "n_steps": 0})  # in checkpoints too
+        self.rho = rho
+        self.unclipped_share = 0.0  # of all entries, in the last step that had a new Hessian
 
     @property
     def hessian_is_due(self) -> bool:
-        return self.n_steps % self.HESSIAN_INTERVAL == 0
+        return self.param_groups[0]["n_steps"] % self.HESSIAN_INTERVAL == 0
 
     def estimate_hessian(self, model: nn.Module, inputs: Tensor) -> None:
         """Take inputs (n_sequences, T) into the estimate: about one and a third passes over them.
@@ -145,7 +171,8 @@ class Sophia(torch.optim.Optimizer):
         bare = getattr(model, "module", model)
         bare = getattr(bare, "_orig_mod", bare)
         rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        generator = torch.Generator(inputs.device).manual_seed(self.n_steps * size + rank)
+        seed = self.param_groups[0]["n_steps"] * size + rank
+        generator = torch.Generator(inputs.device).manual_seed(seed)
         with torch.no_grad():
             labels = [draw(bare(x), generator) for x in inputs.split(self.DRAWN_AT_ONCE)]
         torch.clear_autocast_cache()  # some versions of torch keep casts made without gradients
@@ -159,7 +186,6 @@ class Sophia(torch.optim.Optimizer):
             hessians = zero_state(self, params, "hessian")
             torch._foreach_mul_(hessians, beta2)
             torch._foreach_addcmul_(hessians, grads, grads, (1 - beta2) * n)
-        self.zero_grad()
 
     @torch.no_grad()
     def step(self) -> None:
@@ -178,9 +204,9 @@ class Sophia(torch.optim.Optimizer):
             torch._foreach_clamp_min_(updates, -1.0)
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
             torch._foreach_add_(params, updates, alpha=-group["lr"])
+            group["n_steps"] += 1
         if is_new:
             self.unclipped_share = n_unclipped / n_params
-        self.state[self.first]["step"] = self.n_steps + 1
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:

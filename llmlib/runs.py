@@ -46,14 +46,17 @@ def sync(file: IO) -> None:
             raise
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: str | bytes | memoryview) -> None:
     """Write to a temporary name, sync, rename: readers see the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        sync(file)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            sync(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -122,14 +125,13 @@ def lock(folder: Path) -> Iterator[None]:
     on this host loses it, and another host's is named with the command that removes it.
     """
     soft, owner = folder / "lock.soft", folder / "lock.owner"
-    options = {"timeout": 1.0, "is_singleton": False}
     try:
         try:
-            held = filelock.FileLock(folder / "lock", **options).acquire()
+            held = filelock.FileLock(folder / "lock").acquire(timeout=1.0)
         except OSError as error:
             if isinstance(error, filelock.Timeout):
                 raise
-            held = filelock.SoftFileLock(soft, **options).acquire()
+            held = filelock.SoftFileLock(soft).acquire(timeout=1.0)
     except filelock.Timeout:
         name = owner.read_text() if owner.exists() else "another process"
         remedy = f"wait for it or stop it. If its host is gone: rm {soft}"
@@ -180,11 +182,10 @@ class Record:
     def figure(self, name: str, figure: Figure, data: pd.DataFrame) -> Figure:
         """Write a figure as PNG and SVG with the data it shows as CSV, and return it."""
         path = self.path / "figures" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(path.with_suffix(".csv"), data.to_csv(index=False))
         with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "llmlib"}):
             figure.savefig(path.with_suffix(".png"), dpi=200)
             figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
-        write_atomic(path.with_suffix(".csv"), data.to_csv(index=False))
         return figure
 
     def finish(self, summary: dict[str, Any]) -> None:
@@ -275,10 +276,10 @@ class MetricLog:
 
     def write(self, kind: str, **values: Any) -> None:
         """Append a row; a full disk costs the row, not the run."""
-        with contextlib.suppress(OSError), open(self.path, "a") as file:
-            file.write(json.dumps({"kind": kind} | values) + "\n")
-        if self.tracker and kind in ("step", "eval"):
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"kind": kind} | values) + "\n")
+            if self.tracker and kind in ("step", "eval"):
                 self._copy(kind, values)
 
     def _copy(self, kind: str, values: dict[str, Any]) -> None:
@@ -307,12 +308,10 @@ def read_metrics(run: Path, kind: str | None = None, *, last: bool = False) -> p
     return pd.DataFrame(rows, columns=None if rows else ["kind", "step"])
 
 
-def _rows(path: Path, last: bool = False) -> list[dict[str, Any]]:
-    rows = []
+def _rows(path: Path, last: bool = False) -> Iterator[dict[str, Any]]:
     if path.exists():
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - TAIL_BYTES) if last else 0)
             for line in file:
                 with contextlib.suppress(ValueError):  # a half-written line
-                    rows.append(json.loads(line))
-    return rows
+                    yield json.loads(line)

@@ -26,9 +26,8 @@ def join_processes() -> None:
     if devices.accelerator():
         torch.accelerator.set_device_index(int(os.environ["LOCAL_RANK"]))
     store, rank, size = next(dist.rendezvous("env://"))
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # It outlives a restart and remembers where the dead could be reached (pytorch #135712).
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    # The store may outlive a restart; it knows where the dead could be reached (pytorch #135712).
+    store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
     dist.init_process_group(store=store, rank=rank, world_size=size)
 
 
@@ -95,9 +94,7 @@ def train_step(
     params = dict(model.named_parameters())
     missing = [name for name, p in params.items() if p.grad is None]
     assert not missing, f"no gradient reached {missing}"
-    norm = nn.utils.get_total_norm([p.grad for p in params.values()])
-    if grad_clip is not None:
-        nn.utils.clip_grads_with_norm_(params.values(), grad_clip, norm)
+    norm = nn.utils.clip_grad_norm_(params.values(), grad_clip or torch.inf)
     is_bad = ~torch.isfinite(norm + total)
     for p in params.values():  # no product of lists turns what is not finite into zero
         p.grad.masked_fill_(is_bad, 0.0)

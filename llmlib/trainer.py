@@ -13,15 +13,14 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from llmlib import checkpoint, data, devices, runs, step
 from llmlib.budget import KINDS, Budget
 from llmlib.model import build_model
-from llmlib.optim import build_optimizer
-from llmlib.schedule import lr_factor
+from llmlib.optim import build_optimizer, lr_factor
 from llmlib.sizing import count_params, flops_per_token
 
 MAX_BAD_STEPS = 3  # steps in a row that are not finite before the run goes back, once
@@ -83,7 +82,7 @@ class Trainer:
         share = {"rank": step.rank(), "world_size": step.world_size()}
         batches = data.prefetch(batches, self.state.data_step, self.device, **share)
         self.budget.start()
-        while (progress := self._next_progress()) is not None:
+        while not self.state.is_over and (progress := self._next_progress()) is not None:
             before = self.state.progress
             self._take_step(*next(batches), progress)
             if self.n_bad_in_a_row == MAX_BAD_STEPS:
@@ -95,10 +94,9 @@ class Trainer:
 
     def _next_progress(self) -> float | None:
         """Take from the main process how far the run is, None when the budget is spent."""
-        state, mine, reason = self.state, None, None
-        if not state.is_over:
-            mine = self.budget.next_progress(state.step, before=state.progress)
-            reason = None if mine is None else self.must_stop()
+        state = self.state
+        mine = self.budget.next_progress(state.step, before=state.progress)
+        reason = None if mine is None else self.must_stop()
         progress, stops = step.broadcast(-1.0 if mine is None else mine, reason is not None)
         if stops:
             failure = self._save(waits=True) if step.is_main() else None
@@ -209,9 +207,8 @@ class Trainer:
             final = step.evaluate(self.model, windows, self.device, self.dtype)
             result = self._summary() | {"val": final, "val_sha256": data.sha256(windows)}
             if self.config.keep_weights:
-                save_file(self.model.state_dict(), self.path / "model.safetensors")
-                with open(self.path / "model.safetensors", "rb") as file:
-                    runs.sync(file)
+                weights = safetensors.torch.save(self.model.state_dict())
+                runs.write_atomic(self.path / "model.safetensors", weights)
             runs.write_json(self.path / "result.json", result)  # it means done
             for name in ("checkpoints", "compiled"):  # for resumes only
                 shutil.rmtree(self.path / name, ignore_errors=True)
@@ -267,8 +264,7 @@ class Trainer:
         """Save, and say why that failed, if it ``waits``, or why the save before did."""
         self.state.seconds = dict(self.budget.seconds)
         failure = self.saver.save(self.model, self.optimizer, asdict(self.state))
-        if waits:
-            failure = self.saver.wait()
+        failure = self.saver.wait() if waits else failure
         self.budget.book("checkpoint")
         self.save_at = self.budget.total + 60 * self.config.checkpoint_minutes
         return failure and f"the checkpoint could not be saved ({failure}; is the disk full?)"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # at these sizes, threads only wait for eac
 
 from llmlib import checkpoint, runs
 from llmlib.config import SCALES, ModelConfig, TrainConfig, override
+from llmlib.trainer import Stopped, Trainer
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 SMOKE = SCALES["smoke"]
@@ -60,6 +62,14 @@ def make_run(tmp_path: Path, smoke_tokens: Path) -> Callable[..., Path]:
     return make
 
 
+@pytest.fixture
+def limit_files() -> Iterator[Callable[..., None]]:
+    """Return a function that limits what a file can hold [bytes]: more fails, as on a full disk."""
+    usual, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n=usual: resource.setrlimit(resource.RLIMIT_FSIZE, (n, most))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (usual, most))
+
+
 class Training:
     """A training process, or a job of several, beside the test.
 
@@ -98,6 +108,20 @@ class Training:
         """Wait for the end and return exit status and output."""
         output, _ = self.process.communicate(timeout=600)
         return self.process.returncode, output
+
+
+def stop_after(trainer: Trainer, n_steps: int) -> None:
+    """Ask for a stop when a step is reached, as a signal does."""
+    trainer.must_stop = lambda: "tested" if trainer.state.step == n_steps else None
+    with pytest.raises(Stopped, match=f"tested: saved and stopped at step {n_steps}"):
+        trainer.run()
+
+
+def losses(run: Path) -> list[float]:
+    """The loss of each step of a run, which has logged every step once."""
+    rows = runs.read_metrics(run, "step")
+    assert rows.step.tolist() == list(range(1, len(rows) + 1))
+    return rows.loss.tolist()
 
 
 def newest_checkpoint(run: Path) -> int:

@@ -1,6 +1,7 @@
 """The clock, on a clock that the test turns."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,18 +11,10 @@ from llmlib.budget import KINDS, Budget
 from llmlib.config import TrainConfig
 
 
-class Time:
-    """A clock that stands still until it is told otherwise."""
-
-    now = 1000.0
-
-    def pass_(self, seconds):
-        self.now += seconds
-
-
 @pytest.fixture
 def time(monkeypatch):
-    time = Time()
+    """A clock that stands still until it is told otherwise."""
+    time = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(budget_room, "monotonic", lambda: time.now)
     return time
 
@@ -34,7 +27,7 @@ def spend(time, budget, step_seconds):
     """Take steps until the budget says stop; return the progress of each."""
     steps, progress = [], 0.0
     while (progress := budget.next_progress(len(steps), before=progress)) is not None:
-        time.pass_(next(step_seconds))
+        time.now += next(step_seconds)
         budget.book("training")
         steps.append(progress)
     return steps
@@ -42,17 +35,17 @@ def spend(time, budget, step_seconds):
 
 def test_kinds_sum_to_the_time_from_first_step_to_last_without_the_pause(time):
     budget = seconds_budget(100)
-    time.pass_(50)  # before the first step
+    time.now += 50  # before the first step
     budget.start()
     for i, kind in enumerate(KINDS * 3):
-        time.pass_(0.5 + i)
+        time.now += 0.5 + i
         assert budget.book(kind) == 0.5 + i
     spent = time.now - 1050
     assert sum(budget.seconds.values()) == budget.total == spent
-    time.pass_(1000)  # until the restart
+    time.now += 1000  # until the restart
     resumed = seconds_budget(100)
     assert resumed.go_back(budget.seconds, 10, spent + 3) == 3
-    time.pass_(2)
+    time.now += 2
     assert resumed.total == spent + 3 + 2
     assert resumed.seconds == budget.seconds | {"lost": budget.seconds["lost"] + 3}
     assert resumed.step_seconds == budget.seconds["training"] / 10
@@ -76,7 +69,7 @@ def test_one_slow_step_does_not_end_the_run_early(time):
 
 def test_compilation_is_spent_but_is_no_progress(time):
     budget = seconds_budget(100.0)
-    time.pass_(40)
+    time.now += 40
     budget.book("compile")
     assert budget.next_progress(1) == 0.0
     steps = spend(time, budget, itertools.repeat(1.0))
@@ -90,19 +83,20 @@ def test_deadline_is_met_whatever_is_slow(time):
         rng = np.random.default_rng(seed)
         seconds, one = rng.uniform(20, 200), rng.uniform(0.05, 2)
         budget = seconds_budget(seconds)
-        time.pass_(compiling := rng.uniform(0, 0.4) * seconds)
+        compiling = rng.uniform(0, 0.4) * seconds
+        time.now += compiling
         budget.book("compile")
         progress, n, excess, last, late = 0.0, 0, [0.0], None, 0.0
         while (after := budget.next_progress(n, before=progress)) is not None:
             took = one * rng.lognormal(0, 0.05) * (rng.uniform(2, 6) if rng.random() < 0.02 else 1)
             excess.append(max(0.0, took - (budget.step_seconds or took)))
-            time.pass_(took)
+            time.now += took
             budget.book("training")
             n, progress = n + 1, after
             work = one * rng.uniform(0, 5)  # a validation or a save
             if rng.random() < 0.1 and progress < 1 and budget.fits("validation", work):
                 late, last = max(0.0, work - (last or work)), work
-                time.pass_(work)
+                time.now += work
                 budget.book("validation")
         assert progress == 1.0, seed
         over = budget.total - seconds
@@ -119,7 +113,7 @@ def test_budget_shorter_than_its_first_step_ends_after_it(time):
 def test_work_fits_only_if_a_step_still_follows(time):
     budget = seconds_budget(100.0)
     for kind, seconds in (("training", 2.0), ("validation", 88.0)):
-        time.pass_(seconds)
+        time.now += seconds
         budget.book(kind)
     assert budget.fits("checkpoint", 8.0) and not budget.fits("checkpoint", 8.1)
     assert not budget.fits("validation", 8.0)  # the last one took longer

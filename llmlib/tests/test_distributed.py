@@ -7,18 +7,12 @@ import pytest
 
 from llmlib import checkpoint, runs
 from llmlib.config import llama_config, override
-from llmlib.tests.conftest import FP32, SMOKE
-from llmlib.trainer import Stopped, Trainer
+from llmlib.tests.conftest import FP32, SMOKE, losses, stop_after
+from llmlib.trainer import Trainer
 
 JOB = ("--nproc-per-node", "2")
 SHORT = override(FP32, micro_batch=4, grad_accum=4, n_evals=1)
 LONG = override(SHORT, budget_steps=60, checkpoint_minutes=1e-6)  # saves after every step
-
-
-def losses(run):
-    rows = runs.read_metrics(run, "step")
-    assert rows.step.tolist() == list(range(1, len(rows) + 1))
-    return rows.loss.tolist()
 
 
 @pytest.fixture(scope="module")
@@ -52,10 +46,7 @@ def test_killed_process_ends_the_job_and_its_checkpoint_serves_other_numbers_of_
     make_run, start_training, alone
 ):
     run = make_run(LONG)
-    first = Trainer(run)  # one process
-    first.must_stop = lambda: "tested" if first.state.step == 20 else None
-    with pytest.raises(Stopped):
-        first.run()
+    stop_after(Trainer(run), 20)  # one process
     job = start_training(run, job=JOB)  # two go on
     job.wait_for_step(35)
     os.kill(job.workers()[1], signal.SIGKILL)

@@ -2,18 +2,17 @@
 
 import gc
 
-import numpy as np
 import pytest
 import torch
 
-from llmlib import runs
 from llmlib.bench import TimedStep, Variant
 from llmlib.config import OPTIMIZERS, SCALES, TrainConfig, llama_config, override, resize
 from llmlib.devices import compile_model
 from llmlib.model import build_model
 from llmlib.optim import build_optimizer
 from llmlib.step import train_step
-from llmlib.trainer import Stopped, Trainer
+from llmlib.tests.conftest import SMOKE, losses, stop_after
+from llmlib.trainer import Trainer
 
 pytestmark = [
     pytest.mark.gpu,
@@ -22,7 +21,6 @@ pytestmark = [
 CUDA, BF16, FP32 = torch.device("cuda"), torch.bfloat16, torch.float32
 LLAMA = llama_config(2, 128, vocab_size=512, seq_len=128)
 MODELS = {"llama": LLAMA, "gpt2": resize(LLAMA, arch="gpt2")}
-SMOKE = SCALES["smoke"]
 
 
 def empty_device():
@@ -68,14 +66,14 @@ def test_model_compiles_to_one_graph_once(arch):
 
 
 def test_bf16_losses_follow_the_fp32_reference():
-    losses = {}
+    found = {}
     for dtype in (FP32, BF16):
         model, optimizer, *batch = setup()
         fast = compile_model(model, CUDA) if dtype == BF16 else model
         numbers = take_steps(fast, optimizer, *batch, n=30, dtype=dtype)
-        losses[dtype] = torch.stack(numbers)[:, 0].cpu()
-    assert losses[FP32][-1] < losses[FP32][0] - 0.5
-    assert (losses[BF16] - losses[FP32]).abs().max() < 0.05
+        found[dtype] = torch.stack(numbers)[:, 0].cpu()
+    assert found[FP32][-1] < found[FP32][0] - 0.5
+    assert (found[BF16] - found[FP32]).abs().max() < 0.05
 
 
 @pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
@@ -93,25 +91,16 @@ def test_step_never_waits_for_the_device(name, compiles):
     assert torch.isfinite(torch.stack(numbers)).all()
 
 
-def losses_of(run):
-    steps = runs.read_metrics(run, "step")
-    assert steps.step.tolist() == list(range(1, len(steps) + 1))
-    return steps.loss.to_numpy()
-
-
 @pytest.mark.parametrize("optimizer", ["muon", "sophia"])
 def test_resumed_run_matches_uninterrupted_run(make_run, optimizer):
     """Also where the device's random numbers matter: Sophia draws labels."""
     train = override(SMOKE.train, budget_steps=40, optimizer=optimizer)
     whole, parts = make_run(train), make_run(train)
     Trainer(whole).run()
-    first = Trainer(parts)
-    first.must_stop = lambda: "tested" if first.state.step >= 15 else None
-    with pytest.raises(Stopped):
-        first.run()
+    stop_after(Trainer(parts), 15)
     Trainer(parts).run()
-    assert len(losses_of(whole)) == 40
-    np.testing.assert_allclose(losses_of(parts), losses_of(whole), rtol=2e-3)  # sums vary in order
+    assert len(losses(whole)) == 40
+    assert losses(parts) == pytest.approx(losses(whole), rel=2e-3)  # sums vary in order
 
 
 def test_running_out_of_memory_halves_the_micro_batch(make_run):
@@ -133,7 +122,7 @@ def test_running_out_of_memory_halves_the_micro_batch(make_run):
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert result["micro_batch"] == 1024
     assert "out of memory: micro_batch is now 1024" in (short / "metrics.jsonl").read_text()
-    np.testing.assert_allclose(losses_of(short), losses_of(whole), rtol=2e-3)
+    assert losses(short) == pytest.approx(losses(whole), rel=2e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

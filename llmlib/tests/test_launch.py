@@ -7,10 +7,9 @@ import time
 from types import SimpleNamespace
 
 import pytest
-import torch
 from matplotlib.figure import Figure
 
-from llmlib import launch, plots, runs
+from llmlib import devices, launch, plots, runs
 from llmlib.config import override
 from llmlib.tests.conftest import FP32, newest_checkpoint
 
@@ -98,20 +97,19 @@ def test_a_worker_that_was_killed_is_told_and_its_runs_have_not_failed(make_run,
         launch.run_many([make_run(SHORT)])
 
 
-def test_only_usable_cards_are_counted_and_a_stopped_job_has_time_to_save(make_run, monkeypatch):
-    started, run = [], make_run(SHORT)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
-    for module in (torch.accelerator, torch.cuda):  # a driver too old for torch still counts them
-        monkeypatch.setattr(module, "device_count", lambda: 8)
+@pytest.mark.parametrize(("n_usable", "asked", "n"), [(0, None, 1), (2, None, 2), (0, 2, 2)])
+def test_each_usable_card_has_a_process_and_a_stopped_job_time_to_save(
+    make_run, monkeypatch, n_usable, asked, n
+):
+    monkeypatch.setattr(devices, "n_accelerators", lambda: n_usable)
 
     def popen(command, env, **_):
-        started.append((command, env))
+        assert (
+            ("torch.distributed.run" in command) == (f"--nproc-per-node={n}" in command) == (n > 1)
+        )
+        assert int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= 120
         raise InterruptedError
 
     monkeypatch.setattr(launch, "Popen", popen)
-    for n_processes in (None, 2):
-        with pytest.raises(InterruptedError):
-            launch.run_training(run, n_processes=n_processes)
-    (one, _), (two, env) = started
-    assert "torch.distributed.run" not in one and "--nproc-per-node=2" in two
-    assert int(env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]) >= 120
+    with pytest.raises(InterruptedError):
+        launch.run_training(make_run(SHORT), n_processes=asked)

@@ -1,4 +1,4 @@
-"""Optimizers: who is in which group, and steps against torch's and against the papers' equations."""
+"""Optimizers and schedules: against torch's and the papers' equations, and what they promise."""
 
 import math
 
@@ -6,14 +6,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils._pytree import tree_leaves
+from torch.optim import lr_scheduler
+from torch.testing import assert_close
 
 from llmlib import checkpoint, optim
-from llmlib.config import OPTIMIZERS, ModelConfig, TrainConfig, resize
+from llmlib.config import OPTIMIZERS, SCHEDULES, ModelConfig, TrainConfig, resize
 from llmlib.model import build_model
-from llmlib.optim import Sophia, build_optimizer, orthogonalize
+from llmlib.optim import Sophia, build_optimizer, lr_factor, orthogonalize
 from llmlib.step import autocast, train_step
 
+pytestmark = pytest.mark.filterwarnings("ignore:Detected call of")  # schedules without steps
 SHAPE = {"vocab_size": 64, "seq_len": 16, "n_layer": 2, "n_head": 2, "d_model": 16}
 LLAMA = ModelConfig(d_ff=32, **SHAPE)
 MODELS = {"llama": LLAMA, "gpt2": resize(LLAMA, arch="gpt2", d_model=16)}
@@ -64,11 +66,6 @@ def split(model):
     return hidden, embeddings, vectors
 
 
-def assert_close(ours, theirs, **tolerance):
-    for p, q in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(p, q, **tolerance)
-
-
 # ------------------------------------------------------------------ all of them
 
 
@@ -96,10 +93,8 @@ def test_restored_optimizer_goes_on_as_if_nothing_had_happened(tmp_path, name):
     checkpoint.restore(other, its_optimizer, checkpoint.newest_valid(tmp_path))
     for m, o in ((model, optimizer), (other, its_optimizer)):
         take_steps(m, o, range(8, 13))
-    pairs = (model, other), [o.state_dict()["state"] for o in (optimizer, its_optimizer)]
-    ours, theirs = (tree_leaves((m.state_dict(), o)) for m, o in zip(*pairs, strict=True))
-    for expected, found in zip(ours, theirs, strict=True):
-        assert torch.equal(torch.as_tensor(expected), torch.as_tensor(found))
+    for ours, theirs in ((other, model), (its_optimizer, optimizer)):
+        assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
 
 
 # ------------------------------------------------------------------ AdamW and Muon
@@ -113,7 +108,7 @@ def test_adamw_steps_match_torchs_plain_loop():
     groups = [matrices, {"params": vectors, "peak_lr": 3e-3, "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, betas=(0.9, 0.95), foreach=False, fused=False)
     take_steps_beside(ours, optimizer, theirs, reference)
-    assert_close(ours.parameters(), theirs.parameters(), rtol=1e-6, atol=1e-7)
+    assert_close([*ours.parameters()], [*theirs.parameters()], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 24), (2, 24, 8), (4, 12, 12)])
@@ -124,7 +119,7 @@ def test_orthogonalize_applies_its_polynomial_to_the_singular_values(shape):
     for _ in range(5):
         s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
     found = orthogonalize(matrices, torch.float32).double()
-    torch.testing.assert_close(found, u @ s.diag_embed() @ vt, rtol=0, atol=1e-4)
+    assert_close(found, u @ s.diag_embed() @ vt, rtol=0, atol=1e-4)
     assert orthogonalize(torch.zeros(shape), torch.float32).count_nonzero() == 0
 
 
@@ -195,7 +190,7 @@ def test_sophia_steps_match_the_published_form(monkeypatch, name, beta1, beta2, 
         loss = F.cross_entropy(logits, logits.argmax(-1))
         reference.update_hessian(torch.autograd.grad(loss, list(theirs.parameters())))
         take_steps_beside(ours, optimizer, theirs, reference)  # four
-    assert_close(ours.parameters(), theirs.parameters(), rtol=1e-4, atol=1e-6)
+    assert_close([*ours.parameters()], [*theirs.parameters()], rtol=1e-4, atol=1e-6)
 
 
 class Softmax(nn.Module):
@@ -219,7 +214,7 @@ def test_gauss_newton_bartlett_estimate_is_right_on_average():
     model, mean = Softmax(n, 4, 5), torch.zeros(5, 4)
     optimizer = Sophia([{"params": [model.weight]}], 0.1, betas=(0.9, 0.0), rho=0.05)
     for i in range(n_draws):
-        optimizer.state[model.weight]["step"] = i  # other labels each time
+        optimizer.param_groups[0]["n_steps"] = i  # other labels each time
         optimizer.estimate_hessian(model, torch.arange(n)[:, None])
         mean += optimizer.state[model.weight]["hessian"] / n_draws
 
@@ -228,7 +223,7 @@ def test_gauss_newton_bartlett_estimate_is_right_on_average():
 
     hessian = torch.autograd.functional.hessian(loss, model.weight.detach())
     exact = hessian.flatten(2).flatten(0, 1).diag().view(5, 4)
-    torch.testing.assert_close(mean, exact, rtol=0, atol=0.1 * exact.max().item())
+    assert_close(mean, exact, rtol=0, atol=0.1 * exact.max().item())
     assert mean.sum().item() == pytest.approx(exact.sum().item(), rel=0.04)
 
 
@@ -271,7 +266,7 @@ def test_sophias_steps_are_clipped_and_the_unclipped_are_counted(scale, least, m
     unclipped = (moves < 1 - 1e-3).float().mean().item()
     assert moves.max() < 1 + 1e-3
     assert least <= unclipped <= most
-    assert optimizer.unclipped_share.item() == pytest.approx(unclipped, abs=0.01)
+    assert float(optimizer.unclipped_share) == pytest.approx(unclipped, abs=0.01)
 
 
 def test_drawn_labels_are_labels_whatever_the_logits():
@@ -283,19 +278,73 @@ def test_drawn_labels_are_labels_whatever_the_logits():
     assert drawn.max() < 3
 
 
-class Broken(nn.Module):
-    """A model in a wrapper, as for several processes, whose loss is not a number."""
-
-    def __init__(self, model):
-        super().__init__()
-        self.module = model
-
-    def forward(self, inputs, targets):
-        return self.module(inputs, targets) * math.nan
-
-
 def test_hessian_that_is_not_finite_does_not_reach_the_weights():
     model, optimizer = build("sophia")
-    optimizer.estimate_hessian(Broken(model), batch(0)[0])
+    broken = lambda *batch: model(*batch) * math.nan  # noqa: E731
+    broken.module = model  # as in a wrapper for several processes
+    optimizer.estimate_hessian(broken, batch(0)[0])
     take_steps(model, optimizer, [0])
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+# ------------------------------------------------------------------ schedules
+
+
+def rate(schedule, progress, warmup, final_lr, cooldown=0.5):
+    shape = {"warmup": warmup, "final_lr": final_lr, "cooldown": cooldown}
+    return lr_factor(TrainConfig(schedule=schedule, **shape), progress)
+
+
+def torchs_rates(schedule, n_steps, **settings):
+    """The rates that a schedule of torch gives to steps 0 to ``n_steps``."""
+    scheduler = schedule(torch.optim.SGD([nn.Parameter(torch.zeros(1))], 1.0), **settings)
+    yield from scheduler.get_last_lr()
+    for _ in range(n_steps):
+        scheduler.step()
+        yield from scheduler.get_last_lr()
+
+
+@pytest.mark.parametrize(("name", "n_steps"), [("one_cycle", 1000), ("one_cycle_unfinished", 878)])
+def test_one_cycle_of_1000_steps_matches_torch_as_far_as_it_gets(name, n_steps):
+    peak, settings = 1.25e-3, {"total_steps": 1001, "pct_start": 0.05, "div_factor": 100}
+    settings |= {"final_div_factor": 0.1}  # of the initial rate: peak / 100 / 0.1 = 0.1 peak
+    theirs = torchs_rates(lr_scheduler.OneCycleLR, n_steps, max_lr=peak, **settings)
+    warmup = (0.05 * 1001 - 1) / 1000  # torch ends it one step before the share is full
+    for step, expected in enumerate(theirs):
+        ours = peak * rate(name, step / n_steps, warmup, final_lr=0.1)
+        assert ours == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs", "settings"),
+    [
+        ("cosine", lr_scheduler.CosineAnnealingLR, {"T_max": 900, "eta_min": 0.1}),
+        (
+            "linear",
+            lr_scheduler.LinearLR,
+            {"start_factor": 1, "end_factor": 0.1, "total_iters": 900},
+        ),
+    ],
+)
+def test_after_the_warmup_the_fall_is_torchs(name, theirs, settings):
+    for step, expected in enumerate(torchs_rates(theirs, 900, **settings)):
+        assert rate(name, 0.1 + step / 1000, 0.1, 0.1) == pytest.approx(expected)
+
+
+def test_wsd_stays_at_the_peak_and_falls_along_a_line_at_the_end():
+    progress = [0.0, 0.05, 0.1, 0.5, 0.75, 0.8, 0.9, 1.0]
+    rates = [rate("wsd", p, 0.1, 0.2, cooldown=0.25) for p in progress]
+    assert rates == pytest.approx([0.01, 0.5, 1.0, 1.0, 1.0, 0.84, 0.52, 0.2])
+    assert rate("wsd", 1.0, 0.1, 0.2, cooldown=0.0) == 1.0
+    for p in progress:  # too long a one begins behind the warm-up
+        assert rate("wsd", p, 0.1, 0.2, cooldown=0.95) == rate("linear", p, 0.1, 0.2)
+
+
+@pytest.mark.parametrize("name", [s for s in SCHEDULES if s != "one_cycle_unfinished"])
+@pytest.mark.parametrize("warmup", [0.0, 0.05, 0.5])
+@pytest.mark.parametrize("final_lr", [0.0, 0.1])
+def test_schedule_starts_low_peaks_and_ends_where_promised(name, warmup, final_lr):
+    rates = [rate(name, i / 1000, warmup, final_lr) for i in range(1001)]
+    assert rates[-1] == pytest.approx(final_lr, abs=1e-15)
+    assert rates[round(1000 * warmup)] == max(rates) == 1.0
+    assert rates[0] == pytest.approx(0.01 if warmup else 1.0)

@@ -1,3 +1,4 @@
+import contextlib
 import errno
 import json
 import os
@@ -77,26 +78,20 @@ def test_tables_and_values_are_computed_once_and_failures_leave_nothing_behind(t
     assert record.cached_json("v", lambda: pytest.fail("computed again")) == {"peak": 1.0}
 
 
-def test_atomic_write_keeps_the_old_file_when_writing_fails(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("error", "kept"), [(errno.ENOSPC, 1), (errno.EINVAL, 2)])
+def test_failed_write_keeps_the_old_file_and_a_missing_sync_is_no_failure(
+    tmp_path, monkeypatch, error, kept
+):
     path = tmp_path / "x.json"
-    runs.write_json(path, {"a": 1})
+    runs.write_json(path, 1)
 
     def refuse(*_):
-        raise OSError("disk full")
+        raise OSError(error, os.strerror(error))
 
     monkeypatch.setattr(runs.os, "fsync", refuse)
-    with pytest.raises(OSError, match="disk full"):
-        runs.write_json(path, {"a": 2})
-    assert runs.read_json(path) == {"a": 1}
-
-
-def test_a_file_system_that_cannot_sync_is_no_failure(tmp_path, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.EINVAL, "Invalid argument")
-
-    monkeypatch.setattr(runs.os, "fsync", refuse)
-    runs.write_json(tmp_path / "x.json", {"a": 1})
-    assert runs.read_json(tmp_path / "x.json") == {"a": 1}
+    with pytest.raises(OSError, match="No space") if kept == 1 else contextlib.nullcontext():
+        runs.write_json(path, 2)
+    assert runs.read_json(path) == kept and [*tmp_path.iterdir()] == [path]
 
 
 def test_run_is_what_was_asked_and_finds_its_tokens_after_a_move(tmp_path, smoke_tokens):
