@@ -165,9 +165,7 @@ def load_curves(*folders: Path) -> tuple[dict[str, pd.DataFrame], list[str]]:
     A file with several runs gives a curve for each.
     """
     curves, skipped = {}, []
-    for name, path in find("**/external/*", folders).items():
-        if path.name[0] == "." or not path.is_file():
-            continue
+    for name, path in find("**/external/[!.]*", folders).items():
         try:
             for run, rows in read_runs(path).items():
                 curves[f"{name}: {run}" if run else name] = to_curve(rows)

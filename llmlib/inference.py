@@ -68,8 +68,7 @@ def generate(
     forgets all but the last half of it and reads that anew.
     """
     if not (temperature >= 0 and top_k >= 1):
-        text = f"temperature={temperature}, top_k={top_k} leave no token to choose"
-        raise ValueError(f"{text}; use 0 or more, and 1 or more.")
+        raise ValueError(f"temperature={temperature}, top_k={top_k}: use 0 or more, 1 or more.")
     device, seq_len = model.embed_tokens.weight.device, model.config.seq_len
     rng = torch.Generator(device).manual_seed(seed)
     tokens = list(tokens) or [encoding.eot_token]

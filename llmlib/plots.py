@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 from llmlib import analysis, sizing
 from llmlib.style import BLUE, DOTTED, ORANGE, limit_y, literal, looks, short_number, spread, styled
 
+Tables = dict[str, pd.DataFrame]  # by name
 POINTS = {  # kinds of rows that no line joins
     "final": {"linestyle": "", "markersize": 9, "fillstyle": "none"},
     "trial": {"linestyle": "", "marker": ".", "color": "#BBBBBB", "zorder": 0},
@@ -149,7 +150,7 @@ def arms(figure: Figure, table: pd.DataFrame) -> None:
 
 
 @styled
-def gains(figure: Figure, panels: dict[str, pd.DataFrame]) -> None:
+def gains(figure: Figure, panels: Tables) -> None:
     """Show differences in loss with 95 % intervals; ``panels`` has arm, shape, difference, low, high."""
     heights = [table.arm.nunique() for table in panels.values()]
     look = looks(sorted({shape for table in panels.values() for shape in table["shape"]}))
@@ -207,9 +208,7 @@ def training_curve(figure: Figure, curve: pd.DataFrame, final_loss: float | None
 
 
 @styled
-def compare_curves(
-    figure: Figure, curves: dict[str, pd.DataFrame], quantities: Sequence[str] = analysis.AXES
-) -> None:
+def compare_curves(figure: Figure, curves: Tables, quantities: Sequence = analysis.AXES) -> None:
     """Show runs' validation loss against tokens, seconds and FLOPs, where they know them.
 
     A curve without validations shows its smoothed training loss, faintly. Hollow: the final score on
@@ -291,7 +290,7 @@ def _panel(draw: Callable[..., Figure], **controls: Any) -> Any:
     return interactive(draw, {"auto_display": True}, **controls)
 
 
-def curve_panel(curves: dict[str, pd.DataFrame], smoothing: float) -> Any:
+def curve_panel(curves: Tables, smoothing: float) -> Any:
     """Explore curves by smoothing [share of a run's steps] and x axis."""
 
     def draw(smoothing: float = smoothing, axis: str = "all") -> Figure:

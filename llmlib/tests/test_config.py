@@ -60,7 +60,6 @@ def test_vocabulary_of_the_tokens_decides_the_models_in_multiples_of_64(scale):
         (lambda: TrainConfig(tracker="wandb"), ["'wandb'", "tensorboard"]),
         (lambda: TrainConfig(dtype="int8"), ["'int8'", "bfloat16"]),
         (lambda: DataConfig(test_size=1.0), ["test_size=1.0", "0 to 0.99"]),
-        (lambda: DataConfig(bpe_vocab_size=100), ["bpe_vocab_size=100", "257"]),
         (lambda: config.with_micro_batch(TrainConfig(), 7), ["micro_batch=7", "256 sequences"]),
     ],
 )

@@ -99,7 +99,7 @@ def test_chances_are_those_of_transformers(temperature, top_k):
 
 @pytest.mark.parametrize(("name", "value"), [("temperature", -1.0), ("top_k", 0)])
 def test_impossible_choice_is_refused(name, value):
-    with pytest.raises(ValueError, match=f"{name}={value}.*leave no token to choose; use "):
+    with pytest.raises(ValueError, match=f"{name}={value}.* use "):
         next(generate(build_model(LLAMA), NO_END, [1], 5, **{name: value}))
 
 
