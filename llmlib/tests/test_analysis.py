@@ -115,55 +115,33 @@ def test_smoothing_is_centred_and_leaves_validations_alone():
 
 
 STEPS = ["step", "loss", "val_loss"]
-FILES = {  # name: text, and by run the rows of step, loss and val_loss
-    "ours.csv": (
-        "step,loss,tokens,val_loss\n10,3.5,100,\n20,3.0,200,3.25\n",
-        {"": [[10, 3.5, None], [20, 3.0, None], [20, None, 3.25]]},
-    ),
-    "ours.jsonl": (
-        '{"step": 10, "loss": 3.5}\n{"step": 20, "val_loss": 3.25}\n',
-        {"": [[10, 3.5, None], [20, None, 3.25]]},
-    ),
-    "wandb_panel.csv": (
-        '"Step","wide - val/loss","wide - val/loss__MIN","deep - val/loss"\n"0","10.8","10.8",""\n"100","6.2","6.2","6.4"\n',
-        {"deep": [[100, None, 6.4]], "wide": [[0, None, 10.8], [100, None, 6.2]]},
-    ),
-    "lightning.csv": (
-        "epoch,step,train_loss_step,train_loss_epoch,val_loss\n0,49,6.1,,\n0,99,5.2,,\n0,99,,,5.3\n0,99,,5.6,\n",
-        {"": [[49, 6.1, None], [99, 5.2, None], [99, None, 5.3]]},
-    ),
-    "tensorboard.csv": (
-        "Wall time,Step,Value\n1700000000.5,0,10.9\n1700000010.5,100,6.2\n",
-        {"": [[0, 10.9, None], [100, 6.2, None]]},
-    ),
-    "trainer_state.json": (
-        '{"log_history": [{"step": 100, "loss": 6.2}, {"step": 100, "eval_loss": 6.3}]}',
-        {"": [[100, 6.2, None], [100, None, 6.3]]},
-    ),
-    "nanogpt.log": (
-        "step 0: train loss 10.91, val loss 10.92\niter 0: loss 10.9, time 3011.2ms, mfu -100.00%\niter 10: loss 9.5, time 301.2ms\n",
-        {"": [[0, 10.9, None], [0, None, 10.92], [10, 9.5, None]]},
-    ),
-    "llmc_main.log": (
-        "s:0 tel:10.9\ns:0 trl:10.95 lr:0.000001 norm:5.1\ns:250 trl:6.2 lr:0.0006\n",
-        {"": [[0, 10.95, None], [0, None, 10.9], [250, 6.2, None]]},
-    ),
-    "llmc_stdout.txt": (
-        "step    1/19560 | loss 10.99 (+nanz)| norm 15.3 (+nanz)| lr 1.00e-06\n",
-        {"": [[1, 10.99, None]]},
-    ),
-    "modded.txt": (
-        "step:0/1000 val_loss:10.82 train_time:0ms\nstep:125/1000 val_loss:4.6 train_time:20012ms step_avg:160.1ms\n",
-        {"": [[0, None, 10.82], [125, None, 4.6]]},
-    ),
-    "gaps.csv": (
-        "\ufeffstep,loss\n0,10.9\n100,NaN\n200,Infinity\n300,6.0\n",
-        {"": [[0, 10.9, None], [300, 6.0, None]]},
-    ),
-    "restarted.csv": (
-        "step,loss\n0,9\n100,7\n200,6\n100,7.1\n",
-        {"": [[0, 9, None], [100, 7.1, None], [200, 6, None]]},
-    ),
+FILES = {  # what trackers and logs write
+    "ours.csv": "step,loss,tokens,val_loss\n10,3.5,100,\n20,3.0,200,3.25\n",
+    "ours.jsonl": '{"step": 10, "loss": 3.5}\n{"step": 20, "val_loss": 3.25}\n',
+    "wandb_panel.csv": '"Step","wide - val/loss","wide - val/loss__MIN","deep - val/loss"\n"0","10.8","10.8",""\n"100","6.2","6.2","6.4"\n',
+    "lightning.csv": "epoch,step,train_loss_step,train_loss_epoch,val_loss\n0,49,6.1,,\n0,99,5.2,,\n0,99,,,5.3\n0,99,,5.6,\n",
+    "tensorboard.csv": "Wall time,Step,Value\n1700000000.5,0,10.9\n1700000010.5,100,6.2\n",
+    "trainer_state.json": '{"log_history": [{"step": 100, "loss": 6.2}, {"step": 100, "eval_loss": 6.3}]}',
+    "nanogpt.log": "step 0: train loss 10.91, val loss 10.92\niter 0: loss 10.9, time 3011.2ms, mfu -100.00%\niter 10: loss 9.5, time 301.2ms\n",
+    "llmc_main.log": "s:0 tel:10.9\ns:0 trl:10.95 lr:0.000001 norm:5.1\ns:250 trl:6.2 lr:0.0006\n",
+    "llmc_stdout.txt": "step    1/19560 | loss 10.99 (+nanz)| norm 15.3 (+nanz)| lr 1.00e-06\n",
+    "modded.txt": "step:0/1000 val_loss:10.82 train_time:0ms\nstep:125/1000 val_loss:4.6 train_time:20012ms step_avg:160.1ms\n",
+    "gaps.csv": "\ufeffstep,loss\n0,10.9\n100,NaN\n200,Infinity\n300,6.0\n",
+    "restarted.csv": "step,loss\n0,9\n100,7\n200,6\n100,7.1\n",
+}
+CURVES = {  # what is read of it, by run: rows of STEPS
+    "ours.csv": {"": [[10, 3.5, None], [20, 3.0, None], [20, None, 3.25]]},
+    "ours.jsonl": {"": [[10, 3.5, None], [20, None, 3.25]]},
+    "wandb_panel.csv": {"deep": [[100, None, 6.4]], "wide": [[0, None, 10.8], [100, None, 6.2]]},
+    "lightning.csv": {"": [[49, 6.1, None], [99, 5.2, None], [99, None, 5.3]]},
+    "tensorboard.csv": {"": [[0, 10.9, None], [100, 6.2, None]]},
+    "trainer_state.json": {"": [[100, 6.2, None], [100, None, 6.3]]},
+    "nanogpt.log": {"": [[0, 10.9, None], [0, None, 10.92], [10, 9.5, None]]},
+    "llmc_main.log": {"": [[0, 10.95, None], [0, None, 10.9], [250, 6.2, None]]},
+    "llmc_stdout.txt": {"": [[1, 10.99, None]]},
+    "modded.txt": {"": [[0, None, 10.82], [125, None, 4.6]]},
+    "gaps.csv": {"": [[0, 10.9, None], [300, 6.0, None]]},
+    "restarted.csv": {"": [[0, 9, None], [100, 7.1, None], [200, 6, None]]},
 }
 
 
@@ -180,8 +158,7 @@ def put(tmp_path):
 
 @pytest.mark.parametrize("name", FILES)
 def test_curves_of_trackers_and_logs_are_read(tmp_path, put, name):
-    text, expected = FILES[name]
-    prefix = put(name, text)
+    prefix, expected = put(name, FILES[name]), CURVES[name]
     curves, skipped = analysis.load_curves(tmp_path)
     assert not skipped
     assert list(curves) == [f"{prefix}: {run}" if run else prefix for run in expected]
@@ -192,8 +169,8 @@ def test_curves_of_trackers_and_logs_are_read(tmp_path, put, name):
 
 
 def test_units_are_seconds(tmp_path, put):
-    put("modded.txt", FILES["modded.txt"][0])
-    put("tensorboard.csv", FILES["tensorboard.csv"][0])
+    put("modded.txt", FILES["modded.txt"])
+    put("tensorboard.csv", FILES["tensorboard.csv"])
     curves, _ = analysis.load_curves(tmp_path)
     assert [curve.seconds.tolist() for curve in curves.values()] == [[0, 20.012], [0, 10]]
 
