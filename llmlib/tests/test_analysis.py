@@ -112,6 +112,7 @@ def test_smoothing_is_centred_and_leaves_validations_alone():
     smoothed = analysis.smooth(curve, 0.05).smoothed
     assert smoothed[10:90].tolist() == steps.loss[10:90].tolist()  # on a line, no lag
     assert math.isnan(smoothed.iloc[100])
+    assert analysis.smooth(curve, 1e-9).smoothed[:100].tolist() == steps.loss.tolist()
 
 
 STEPS = ["step", "loss", "val_loss"]
@@ -128,6 +129,7 @@ FILES = {  # what trackers and logs write
     "modded.txt": "step:0/1000 val_loss:10.82 train_time:0ms\nstep:125/1000 val_loss:4.6 train_time:20012ms step_avg:160.1ms\n",
     "gaps.csv": "\ufeffstep,loss\n0,10.9\n100,NaN\n200,Infinity\n300,6.0\n",
     "restarted.csv": "step,loss\n0,9\n100,7\n200,6\n100,7.1\n",
+    "both.csv": "step,loss,train_loss\n1,4.0,\n2,3.0,\n3,,3.5\n",  # the more usual column is read
 }
 CURVES = {  # what is read of it, by run: rows of STEPS
     "ours.csv": {"": [[10, 3.5, None], [20, 3.0, None], [20, None, 3.25]]},
@@ -142,6 +144,7 @@ CURVES = {  # what is read of it, by run: rows of STEPS
     "modded.txt": {"": [[0, None, 10.82], [125, None, 4.6]]},
     "gaps.csv": {"": [[0, 10.9, None], [300, 6.0, None]]},
     "restarted.csv": {"": [[0, 9, None], [100, 7.1, None], [200, 6, None]]},
+    "both.csv": {"": [[1, 4.0, None], [2, 3.0, None]]},
 }
 
 
@@ -168,11 +171,12 @@ def test_curves_of_trackers_and_logs_are_read(tmp_path, put, name):
         assert curve.kind.tolist() == ["step" if loss else "eval" for _, loss, _ in rows]
 
 
-def test_units_are_seconds(tmp_path, put):
-    put("modded.txt", FILES["modded.txt"])
-    put("tensorboard.csv", FILES["tensorboard.csv"])
-    curves, _ = analysis.load_curves(tmp_path)
-    assert [curve.seconds.tolist() for curve in curves.values()] == [[0, 20.012], [0, 10]]
+def test_a_curve_knows_the_axes_of_its_file_alone_in_our_units(tmp_path, put):
+    for name in ("modded.txt", "restarted.csv", "tensorboard.csv"):
+        put(name, FILES[name])
+    curves = analysis.load_curves(tmp_path)[0].values()
+    assert [c.seconds.dropna().tolist() for c in curves] == [[0, 20.012], [], [0, 10]]
+    assert pd.concat(curves)[["tokens", "flops"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize(
@@ -196,18 +200,6 @@ def test_a_file_that_is_no_curve_is_named_and_the_others_are_read(
     curves, [message] = analysis.load_curves(tmp_path)
     assert list(curves) == [good]
     assert all(word in message for word in [refused, *words]), message
-
-
-def test_a_curve_of_steps_and_losses_alone_knows_no_other_axis(tmp_path, put):
-    name = put("theirs.csv", "step,loss\n1,4.0\n2,3.0\n3,3.0\n")
-    curve = analysis.load_curves(tmp_path)[0][name]
-    assert curve[["tokens", "seconds", "flops"]].isna().all(axis=None)
-    assert analysis.smooth(curve, 1e-9).smoothed.tolist() == [4.0, 3.0, 3.0]
-
-
-def test_of_two_columns_for_one_quantity_the_more_usual_is_read(tmp_path, put):
-    name = put("theirs.csv", "step,loss,train_loss\n1,4.0,\n2,3.0,\n3,,3.5\n")
-    assert analysis.load_curves(tmp_path)[0][name].loss.tolist() == [4.0, 3.0]
 
 
 def test_a_score_knows_no_axis(tmp_path, put):
