@@ -66,11 +66,6 @@ def test_bad_values_are_named_with_the_remedy(build, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
-def test_a_given_budget_replaces_the_one_that_was_there():
-    train = config.override(TrainConfig(), budget_tokens=1000, lr=None)
-    assert (train.budget_hours, train.budget_tokens, train.lr) == (None, 1000, 1.25e-3)
-
-
 def test_resize_keeps_what_is_not_asked_for():
     base = SCALES["laptop"].model
     assert config.resize(base, arch="llama") == base
@@ -81,10 +76,3 @@ def test_resize_keeps_what_is_not_asked_for():
     baseline = config.resize(ModelConfig(vocab_size=576), arch="gpt2")
     shape = {"n_layer": 12, "n_head": 12, "d_model": 768, "d_ff": 3072, "vocab_size": 576}
     assert baseline == ModelConfig(arch="gpt2", **shape)
-
-
-def test_another_micro_batch_leaves_the_tokens_per_step():
-    train = TrainConfig(micro_batch=64, grad_accum=4)
-    other = config.with_micro_batch(train, 8)
-    assert (other.micro_batch, other.grad_accum) == (8, 32)
-    assert config.with_micro_batch(train, None) == train

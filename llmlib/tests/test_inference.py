@@ -171,9 +171,7 @@ def test_exported_model_computes_and_writes_as_ours(bpe, make_finished, tmp_path
         assert written[0, len(start) :].tolist() == expected + ended
 
 
-def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
-    bpe, make_finished, tmp_path, monkeypatch
-):
+def test_a_refused_export_writes_nothing(bpe, make_finished, tmp_path, monkeypatch):
     def refuse(run, words, folder=tmp_path / "new"):
         with pytest.raises(ValueError, match=words):
             export(run, folder)
@@ -196,9 +194,7 @@ def test_what_cannot_be_exported_is_refused_and_nothing_is_written(
 # ------------------------------------------------------------------------- evaluation
 
 
-def test_run_and_its_export_score_alike_and_as_transformers_says(
-    bpe, make_finished, tmp_path, monkeypatch
-):
+def test_run_and_export_score_as_transformers_says(bpe, make_finished, tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "compute_dtype", lambda *_: torch.float32)
     run, tokens_dir = make_finished(LLAMA, bpe), tmp_path / "tokens"
     stream = np.array(bpe.encode_ordinary("".join(varied_texts(60))), dtype="<u2")

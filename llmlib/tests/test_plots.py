@@ -122,9 +122,7 @@ def test_comparison_shows_the_end_of_a_run_and_not_how_it_began():
     assert low < 2.5 and 15 < high < 20
 
 
-@pytest.mark.parametrize(
-    "name", ["a_1$ and $b^2$", "_hidden", r"\$\frac{", "two\nlines", "[x]*%s{}"]
-)
+@pytest.mark.parametrize("name", ["a_1$ $b^2$", "_hidden", r"\$\frac{", "two\nlines", "[x]*%s{}"])
 def test_names_of_folders_and_runs_are_shown_as_they_are(name):
     table = pd.DataFrame({"domain": [name, "b"], "share": [0.5, 0.5], "bytes_per_token": [3, 4]})
     scores = table.assign(run=name, **{f"bits_per_byte{end}": 1.0 for end in ("", "_low", "_high")})
