@@ -202,25 +202,22 @@ class Scale:
 
 
 SMOKE = {"budget_hours": None, "budget_steps": 20, "micro_batch": 8, "grad_accum": 2}
-SMOKE |= {"n_evals": 2, "eval_windows": 64, "compile": False}
-LAPTOP = {"budget_hours": 1 / 60, "micro_batch": 8, "grad_accum": 1}
-LAPTOP |= {"n_evals": 10, "eval_windows": 48, "checkpoint_minutes": 0.5}
+SMOKE |= {"n_evals": 2, "eval_windows": 64, "compile": False} | recipe("winner2024", "smoke")
+LAPTOP = {"budget_hours": 1 / 60, "micro_batch": 8, "grad_accum": 1, "n_evals": 10}
+LAPTOP |= {"eval_windows": 48, "checkpoint_minutes": 0.5} | recipe("winner2024", "laptop")
+A100 = {"needs_accelerator": True} | recipe("winner2024", "a100")
 SCALES = {
     "smoke": Scale(
         DataConfig("stdlib", tokenizer="bpe", bpe_vocab_size=512, n_tokens=200_000, test_size=0.02),
         llama_config(2, 64, d_head=32, vocab_size=512, seq_len=64),
-        TrainConfig(**SMOKE, **recipe("winner2024", "smoke")),
+        TrainConfig(**SMOKE),
     ),
     "laptop": Scale(
         DataConfig("python", tokenizer="bpe", bpe_vocab_size=4096, test_size=0.013),
         llama_config(2, 128, d_head=32, vocab_size=4096, seq_len=256),
-        TrainConfig(**LAPTOP, **recipe("winner2024", "laptop")),
+        TrainConfig(**LAPTOP),
     ),
-    "a100": Scale(
-        DataConfig(),
-        ModelConfig(),
-        TrainConfig(needs_accelerator=True, **recipe("winner2024", "a100")),
-    ),
+    "a100": Scale(DataConfig(), ModelConfig(), TrainConfig(**A100)),
 }
 
 
