@@ -165,6 +165,7 @@ class TrainConfig:
 # the best of a sweep of AdamW at 131 k tokens per step, 1.95e-3 at 109 M and 0.98e-3 at 368 M
 # parameters, and Muon's steps are scaled to AdamW's (arXiv:2502.16982); embed_lr is the best of one
 # seed at 16 M parameters with this vocabulary.
+RECIPES: dict[str, dict[str, Any]] = {"winner2024": {}, "adamw": {}, "best": {"optimizer": "muon"}}
 RATES: dict[str, dict[str, dict[str, float]]] = {
     "winner2024": {"smoke": {"lr": 3e-3}, "laptop": {"lr": 1e-3}, "a100": {"lr": 1.25e-3}},
     "adamw": {
@@ -187,9 +188,9 @@ RATES: dict[str, dict[str, dict[str, float]]] = {
 
 
 def recipe(name: str, scale: str) -> dict[str, Any]:
-    """Look up a recipe as changes to a scale's TrainConfig: ``best`` is Muon, the others AdamW."""
-    _one_of("recipe", name, RATES)
-    return ({"optimizer": "muon"} if name == "best" else {}) | RATES[name][scale]
+    """Look up a recipe as changes to a scale's TrainConfig."""
+    _one_of("recipe", name, RECIPES)
+    return RECIPES[name] | RATES[name][scale]
 
 
 @dataclass(frozen=True)
