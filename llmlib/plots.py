@@ -135,16 +135,15 @@ def rate_grids(figure: Figure, table: pd.DataFrame, noise: float) -> None:
 @styled
 def arms(figure: Figure, table: pd.DataFrame) -> None:
     """Show each arm's final losses, a point per seed, with their mean and standard deviation."""
-    losses = {name: part.loss for name, part in table.groupby("arm")}
-    names = sorted(losses, key=lambda name: -losses[name].mean())
-    figure.set_figheight(1.2 + 0.36 * len(names))
+    losses = sorted(table.groupby("arm").loss, key=lambda pair: -pair[1].mean())
+    figure.set_figheight(1.2 + 0.36 * len(losses))
     axes = figure.subplots()
-    for place, own in enumerate(map(losses.get, names)):
+    for place, (_, own) in enumerate(losses):
         seeds = place + np.linspace(-0.2, 0.2, len(own))
         axes.plot(own, seeds, "o", color=BLUE, markersize=4)
         axes.plot(own.mean(), place, "|", markersize=18, color="black")
         axes.barh(place, 2 * own.std(), 0.7, own.mean() - own.std(), color="#DDDDDD", zorder=0)
-    axes.set_yticks(range(len(names)), [literal(name) for name in names])
+    axes.set_yticks(range(len(losses)), [literal(name) for name, _ in losses])
     axes.set(xlabel=LABELS["val_loss"], title="Equal time: seeds, mean and standard deviation")
     axes.grid(axis="y", visible=False)
 
