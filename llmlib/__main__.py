@@ -35,9 +35,7 @@ DISK_BYTES = 3 * 12  # per parameter: two checkpoints, and the next as it is wri
 READERS = {"str": str, "int": int, "float": float}  # of a parameter's text, by its type
 
 
-def run_all(
-    scale: str, only: str, parameters: list[tuple[str, str]], runs_dir: str, arms: bool = False
-) -> None:
+def run_all(scale: str, only: str, parameters: list, runs_dir: str, arms: bool = False) -> None:
     """Run the selected notebooks at a scale; parameters are pairs of a name and a text.
 
     05 runs once for each of ``ARMS`` that the parameters leave as it is; at ``a100``, where that
@@ -136,12 +134,11 @@ def make_plan(scale: str, hours: float, gpu: str, runs_dir: str = "") -> pd.Data
         speed, source = np.array([done["tokens_per_s"]]), "measured by 02_throughput"
         size, why = done["micro_batch"]["micro_batch"], source
     else:
-        peak, gb = sizing.datasheet_peak(name), sizing.datasheet_peak(name, sizing.MEMORY_GB)
-        if peak is None:
+        if (peak := sizing.datasheet_peak(name)) is None:
             known = ", ".join(sizing.MEMORY_GB)
             raise ValueError(f"gpu={name!r} is unknown; choose one of {known}, or 'A100 80GB'.")
-        if said := re.search(r"(\d+) ?GB", name):
-            gb = int(said[1])
+        said = re.search(r"(\d+) ?GB", name)
+        gb = int(said[1]) if said else sizing.datasheet_peak(name, sizing.MEMORY_GB)
         speed, source = MFU * peak / per_token, f"assumed: {name}, 40 to 60 % of its peak"
         size = sizing.fitting_micro_batch(base.model, base.train, gb * 1e9)
         why = f"computed for {gb} GB in eager mode; compiled needs less"

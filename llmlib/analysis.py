@@ -1,8 +1,8 @@
 """Loss curves to comparisons: finding runs, smoothing, intervals, tables. No torch.
 
-Other people's curves become our own columns: CSV (also semicolons and decimal commas), JSON lines, the
-Hugging Face Trainer's ``trainer_state.json``, exports of W&B panels and TensorBoard, Lightning's
-``metrics.csv``, and logs of nanoGPT, llm.c and modded-nanogpt. Losses count as nats/token.
+Other people's curves become our own columns: CSV, JSON lines, the Hugging Face Trainer's
+``trainer_state.json``, exports of W&B panels and TensorBoard, Lightning's ``metrics.csv``, and logs of
+nanoGPT, llm.c and modded-nanogpt. Losses count as nats/token.
 """
 
 import csv
@@ -10,6 +10,7 @@ import json
 import math
 import re
 from io import StringIO
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,8 @@ def split_table(manifest: dict[str, Any]) -> pd.DataFrame:
 
 def file_table(manifest: dict[str, Any]) -> pd.DataFrame:
     """Tell what ``prepare`` read, mended and left out, per kind of file, with the first of each."""
-    rows = [
-        row for shards in manifest["splits"].values() for s in shards for row in s.get("files", [])
-    ]
+    shards = chain(*manifest["splits"].values())
+    rows = [row for shard in shards for row in shard.get("files", [])]
     table = pd.DataFrame(rows, columns=["kind", "what", "count", "first"])
     return table.groupby(["what", "kind"], as_index=False).agg({"count": "sum", "first": "first"})
 
@@ -140,8 +140,7 @@ def domain_scores(scores: dict[str, np.ndarray], split: list[dict[str, Any]]) ->
 
 def domain_comparison(found: dict[str, Path]) -> pd.DataFrame:
     """Put the domain scores of all finished runs below each other; empty if none has any."""
-    done = {name: path / "summary.json" for name, path in found.items()}
-    scores = {n: runs.read_json(p).get("by_domain", []) for n, p in done.items() if p.exists()}
+    scores = {n: runs.load_summary(path, {}).get("by_domain", []) for n, path in found.items()}
     return pd.DataFrame({"run": name} | row for name, rows in scores.items() for row in rows)
 
 
@@ -150,13 +149,12 @@ def results_table(found: dict[str, Path]) -> pd.DataFrame:
     rows = []
     for name, path in found.items():
         if result := runs.read_result(path):
-            config, val = runs.read_config(path), result["val"]
-            row = {"run": name, "arch": config["model"]["arch"]}
-            row |= {"optimizer": config["train"]["optimizer"], "parameters": result["n_params"]}
-            row |= {"tokens": result["n_tokens"], "seconds": sum(result["seconds"].values())}
-            row |= {score: val[score] for score in ("loss", "perplexity", "accuracy")}
+            config = runs.read_config(path)
+            row = config["model"] | config["train"] | result["val"] | {"run": name}
+            row |= {"parameters": result["n_params"], "tokens": result["n_tokens"]}
             ratio = config["data"].get("val_tokens_per_byte", math.nan)
-            row["bits_per_byte"] = bits_per_byte(val["loss"], ratio)
+            row |= {"bits_per_byte": bits_per_byte(row["loss"], ratio)}
+            row |= {"seconds": sum(result["seconds"].values())}
             rows.append(row | {"val_sha256": result["val_sha256"][:8]})
     return pd.DataFrame(sorted(rows, key=lambda row: row["loss"]), columns=RESULTS)
 
@@ -167,9 +165,7 @@ def load_curves(*folders: Path) -> tuple[dict[str, pd.DataFrame], list[str]]:
     A file with several runs gives a curve for each.
     """
     curves, skipped = {}, []
-    for name, path in find("**/external/*", folders).items():
-        if path.name[0] == "." or not path.is_file():
-            continue
+    for name, path in find("**/external/[!.]*", folders).items():
         try:
             for run, rows in read_runs(path).items():
                 curves[f"{name}: {run}" if run else name] = to_curve(rows)
@@ -182,8 +178,7 @@ def read_runs(path: Path) -> dict[str, pd.DataFrame]:
     """Read a file's rows, by the name of the run ("" where there is one)."""
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix in (".csv", ".tsv"):
-        comma = ";" in text.partition("\n")[0]
-        rows = pd.read_csv(StringIO(text), sep=None, engine="python", decimal="," if comma else ".")
+        rows = pd.read_csv(StringIO(text), sep=None, engine="python")
     elif path.suffix == ".json":
         rows = pd.DataFrame(json.loads(text)["log_history"])
     elif path.suffix == ".jsonl":
@@ -214,16 +209,14 @@ def to_curve(rows: pd.DataFrame) -> pd.DataFrame:
     names = {ours: theirs[known] for ours, known in first.items() if known}
     if "val_sha256" in rows and "step" not in names:  # written by ``python -m llmlib evaluate``
         return rows.assign(kind="score", val_loss=rows.loss).reindex(columns=CURVE_COLUMNS)
-    if "step" not in names or not {"loss", "val_loss"} & names.keys():
-        raise ValueError(
-            f"it has the columns {', '.join(map(str, rows))}; a curve needs step and loss or val_loss "
-            f"[nats/token], and may have {', '.join(AXES)}, lr and grad_norm."
-        )
-    curve = pd.DataFrame({ours: rows.get(names.get(ours)) for ours in CURVE_COLUMNS[1:]})
+    curve = rows[[*names.values()]].set_axis([*names], axis=1).reindex(columns=CURVE_COLUMNS[1:])
     curve = curve.apply(pd.to_numeric, errors="coerce").replace([np.inf, -np.inf], math.nan)
     curve = curve.dropna(subset="step").groupby("step").last().reset_index()
     if curve[["loss", "val_loss"]].isna().all(axis=None):
-        raise ValueError("its losses are not numbers.")
+        raise ValueError(
+            f"it has the columns {', '.join(map(str, rows))}; a curve needs step and loss or val_loss "
+            f"[nats/token] as numbers, and may have {', '.join(AXES)}, lr and grad_norm."
+        )
     steps = curve.dropna(subset="loss").assign(kind="step", val_loss=math.nan)
     evals = curve.dropna(subset="val_loss").assign(kind="eval", loss=math.nan)
     return pd.concat([steps, evals])[CURVE_COLUMNS].sort_values("step", ignore_index=True)

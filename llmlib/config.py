@@ -19,22 +19,14 @@ def _one_of(name: str, value: Any, known: Any) -> None:
         raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(known)}.")
 
 
-def _share(owner: object, *names: str) -> None:
-    for name in names:
-        value = getattr(owner, name)
-        if isinstance(value, str) or not 0 <= value < 1:
-            raise ValueError(f"{name}={value!r} is not a share; use 0 to 0.99.")
-
-
-def _positive(owner: object, *names: str) -> None:
+def _check(owner: object, *names: str, is_share: bool = False) -> None:
     for name in names:
         value = getattr(owner, name)
         if isinstance(value, str):  # YAML takes 1e-3 for text
-            raise ValueError(
-                f"{name}={value!r} is text; give a number, in YAML with a point: 1.0e-3."
-            )
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}={value} is not positive; give a number above 0.")
+            raise ValueError(f"{name}={value!r} is text; in YAML a number has a point: 1.0e-3.")
+        if value is not None and not (0 <= value < 1 if is_share else value > 0):
+            rule = "a share; use 0 to 0.99" if is_share else "positive; give a number above 0"
+            raise ValueError(f"{name}={value} is not {rule}.")
 
 
 @dataclass(frozen=True)
@@ -53,7 +45,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _one_of("arch", self.arch, ("llama", "gpt2"))
-        _positive(self, "vocab_size", "seq_len", "n_layer", "n_head", "d_model", "d_ff")
+        _check(self, "vocab_size", "seq_len", "n_layer", "n_head", "d_model", "d_ff")
         even = 2 * self.n_head  # RoPE turns pairs of a head's features
         if self.d_model % even:
             raise ValueError(
@@ -100,16 +92,14 @@ class DataConfig:
     revision: str | None = None  # hub commit, tag or branch
     text_column: str | None = None  # of the texts; None: "text", or the only one of strings
     tokenizer: str = "gpt2"  # a tiktoken name, or "bpe": train one on the corpus
-    bpe_vocab_size: int = 4096  # used by "bpe" only [tokens]
+    bpe_vocab_size: int = 4096  # used by "bpe" only; 257 (bytes and end of text) at least [tokens]
     n_tokens: int | None = None  # stop after the shard that reaches this many [tokens]
     test_size: float = 0.0005  # share of train documents held out (the organisers' split)
     split_seed: int = 2357
 
     def __post_init__(self) -> None:
-        _positive(self, "n_tokens", "test_size")
-        _share(self, "test_size")
-        if self.bpe_vocab_size < 257:  # 256 bytes and the end of text
-            raise ValueError(f"bpe_vocab_size={self.bpe_vocab_size} is below 257; use 4096.")
+        _check(self, "n_tokens", "test_size")
+        _check(self, "test_size", is_share=True)
 
 
 @dataclass(frozen=True)
@@ -155,10 +145,9 @@ class TrainConfig:
         _one_of("schedule", self.schedule, SCHEDULES)
         _one_of("dtype", self.dtype or "float32", ("float32", "bfloat16"))
         _one_of("tracker", self.tracker or "tensorboard", ("tensorboard",))
-        _positive(self, *BUDGETS, "micro_batch", "grad_accum", "grad_clip")
-        _positive(self, "lr", "embed_lr", "vector_lr", "rho", "n_evals", "eval_windows")
-        _positive(self, "checkpoint_minutes")
-        _share(self, "warmup", "cooldown")
+        _check(self, *BUDGETS, "micro_batch", "grad_accum", "grad_clip", "checkpoint_minutes")
+        _check(self, "lr", "embed_lr", "vector_lr", "rho", "n_evals", "eval_windows")
+        _check(self, "warmup", "cooldown", is_share=True)
 
     @property
     def budget_seconds(self) -> float | None:
@@ -213,41 +202,23 @@ class Scale:
     train: TrainConfig
 
 
+SMOKE = {"budget_hours": None, "budget_steps": 20, "micro_batch": 8, "grad_accum": 2}
+SMOKE |= {"n_evals": 2, "eval_windows": 64, "compile": False} | recipe("winner2024", "smoke")
+LAPTOP = {"budget_hours": 1 / 60, "micro_batch": 8, "grad_accum": 1, "n_evals": 10}
+LAPTOP |= {"eval_windows": 48, "checkpoint_minutes": 0.5} | recipe("winner2024", "laptop")
+A100 = {"needs_accelerator": True} | recipe("winner2024", "a100")
 SCALES = {
     "smoke": Scale(
-        DataConfig(
-            corpus="stdlib", tokenizer="bpe", bpe_vocab_size=512, n_tokens=200_000, test_size=0.02
-        ),
+        DataConfig("stdlib", tokenizer="bpe", bpe_vocab_size=512, n_tokens=200_000, test_size=0.02),
         llama_config(2, 64, d_head=32, vocab_size=512, seq_len=64),
-        TrainConfig(
-            budget_hours=None,
-            budget_steps=20,
-            micro_batch=8,
-            grad_accum=2,
-            n_evals=2,
-            eval_windows=64,
-            compile=False,
-            **recipe("winner2024", "smoke"),
-        ),
+        TrainConfig(**SMOKE),
     ),
     "laptop": Scale(
-        DataConfig(corpus="python", tokenizer="bpe", bpe_vocab_size=4096, test_size=0.013),
+        DataConfig("python", tokenizer="bpe", bpe_vocab_size=4096, test_size=0.013),
         llama_config(2, 128, d_head=32, vocab_size=4096, seq_len=256),
-        TrainConfig(
-            budget_hours=1 / 60,
-            micro_batch=8,
-            grad_accum=1,
-            n_evals=10,
-            eval_windows=48,
-            checkpoint_minutes=0.5,
-            **recipe("winner2024", "laptop"),
-        ),
+        TrainConfig(**LAPTOP),
     ),
-    "a100": Scale(
-        DataConfig(),
-        ModelConfig(),
-        TrainConfig(needs_accelerator=True, **recipe("winner2024", "a100")),
-    ),
+    "a100": Scale(DataConfig(), ModelConfig(), TrainConfig(**A100)),
 }
 
 

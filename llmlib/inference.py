@@ -68,8 +68,7 @@ def generate(
     forgets all but the last half of it and reads that anew.
     """
     if not (temperature >= 0 and top_k >= 1):
-        text = f"temperature={temperature}, top_k={top_k} leave no token to choose"
-        raise ValueError(f"{text}; use 0 or more, and 1 or more.")
+        raise ValueError(f"temperature={temperature}, top_k={top_k}: use 0 or more, 1 or more.")
     device, seq_len = model.embed_tokens.weight.device, model.config.seq_len
     rng = torch.Generator(device).manual_seed(seed)
     tokens = list(tokens) or [encoding.eot_token]
@@ -101,8 +100,8 @@ def score(model: Path, tokens_dir: Path) -> pd.DataFrame:
     val = data.load_manifest(tokens_dir)["splits"]["val"]
     encoding = load_tokenizer(tokens_dir / "tokenizer.json")
     if (model / "tokenizer_config.json").exists():
+        expected = _convert_tokenizer(encoding).get_vocab()
         scored, seq_len, vocabulary = load_hf(model)
-        expected = _convert_tokenizer(encoding, seq_len).get_vocab()
     else:
         scored, theirs = load_run(model)
         seq_len, vocabulary = scored.config.seq_len, theirs._mergeable_ranks
@@ -120,7 +119,8 @@ def score(model: Path, tokens_dir: Path) -> pd.DataFrame:
 
 def load_hf(folder: Path) -> tuple[Any, int, dict[str, int]]:
     """Load what ``evaluate`` needs of a Llama, its context length and its vocabulary."""
-    transformers = _import_transformers()
+    import transformers
+
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if theirs.config.model_type != "llama":
         raise ValueError(f"model_type={theirs.config.model_type!r} in {folder} is not 'llama'.")
@@ -137,11 +137,11 @@ def export(run: Path, folder: Path) -> Path:
         raise ValueError(f"{str(folder)!r} exists and is not an empty folder; name a new one.")
     model, encoding = load_run(run)
     end, padding = encoding.eot_token, list(range(encoding.n_vocab, model.config.vocab_size))
+    tokenizer = _convert_tokenizer(encoding, model_max_length=model.config.seq_len)
     theirs = hf_model(model.config, bos_token_id=end, eos_token_id=end)
     theirs.base_model.load_state_dict(model.state_dict())
     # padding rows of the embedding stand for no token
     theirs.generation_config.update(pad_token_id=end, suppress_tokens=padding or None)
-    tokenizer = _convert_tokenizer(encoding, model.config.seq_len)
     theirs.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     result = runs.read_result(run)
@@ -154,34 +154,22 @@ def hf_model(config: ModelConfig, **special: Any) -> Any:
     """Build transformers' own Llama of the same shape; ``special`` goes to its config."""
     if config.arch != "llama":
         raise ValueError(f"arch={config.arch!r} cannot be exported; train with arch='llama'.")
-    transformers = _import_transformers()
-    shape = transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.seq_len,
-        num_hidden_layers=config.n_layer,
-        num_attention_heads=config.n_head,
-        hidden_size=config.d_model,
-        intermediate_size=config.d_ff,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=True,
-        **special,
-    )
-    return transformers.LlamaForCausalLM(shape)
+    import transformers
+
+    shape = {"vocab_size": config.vocab_size, "max_position_embeddings": config.seq_len}
+    shape |= {"num_hidden_layers": config.n_layer, "num_attention_heads": config.n_head}
+    shape |= {"hidden_size": config.d_model, "intermediate_size": config.d_ff}
+    shape |= {"rms_norm_eps": config.norm_eps, "tie_word_embeddings": True}
+    shape |= {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta}}
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, **special))
 
 
-def _import_transformers() -> Any:
+def _convert_tokenizer(encoding: tiktoken.Encoding, **how: Any) -> Any:
     try:
-        import transformers
+        from transformers import PreTrainedTokenizerFast
+        from transformers.convert_slow_tokenizer import TikTokenConverter
     except ImportError as error:
         raise ValueError('this needs transformers: pip install -e ".[export]"') from error
-    return transformers
-
-
-def _convert_tokenizer(encoding: tiktoken.Encoding, seq_len: int) -> Any:
-    from transformers import PreTrainedTokenizerFast
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
     if encoding.eot_token != len(encoding._mergeable_ranks):
         raise ValueError(
             f"tokenizer={encoding.name!r} cannot be exported; train with tokenizer='gpt2' or 'bpe'."
@@ -190,7 +178,7 @@ def _convert_tokenizer(encoding: tiktoken.Encoding, seq_len: int) -> Any:
     converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks  # here, not in a file
     return PreTrainedTokenizerFast(
         tokenizer_object=converter.converted(),
-        model_max_length=seq_len,
         split_special_tokens=True,  # in a text, their names are text, as they were in training
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT),
+        **how,
     )

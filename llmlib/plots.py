@@ -4,7 +4,7 @@ A title names what is shown; it states a finding only where the caller, who know
 one. What all figures share is in ``style``; two have controls where somebody sits in JupyterLab.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from itertools import cycle
 from typing import Any
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from llmlib import analysis, sizing
 from llmlib.style import BLUE, DOTTED, ORANGE, limit_y, literal, looks, short_number, spread, styled
 
-N_DOMAINS = 15  # of a corpus that are shown
+Tables = dict[str, pd.DataFrame]  # by name
 POINTS = {  # kinds of rows that no line joins
     "final": {"linestyle": "", "markersize": 9, "fillstyle": "none"},
     "trial": {"linestyle": "", "marker": ".", "color": "#BBBBBB", "zorder": 0},
@@ -34,8 +34,8 @@ LABELS = {
 
 @styled
 def domain_mix(figure: Figure, table: pd.DataFrame) -> None:
-    """Show each domain's share of tokens and how many bytes a token holds there."""
-    table = table.head(N_DOMAINS).iloc[::-1].assign(domain=lambda t: t.domain.map(literal))
+    """Show the share of tokens of the 15 largest domains and how many bytes a token holds there."""
+    table = table.head(15).iloc[::-1].assign(domain=lambda t: t.domain.map(literal))
     figure.set_figheight(0.9 + 0.24 * len(table))
     left, right = figure.subplots(1, 2, sharey=True)
     left.barh(table.domain, 100 * table.share, color=BLUE)
@@ -51,42 +51,39 @@ def speed_ups(figure: Figure, table: pd.DataFrame) -> None:
     """Show how much faster our step is than each variant: ``bench.measure``'s table, ours first."""
     table = table.dropna(subset="speed_up").iloc[:0:-1]
     figure.set_figheight(1.4 + 0.34 * len(table))
-    axes = figure.subplots()
-    bars = {"xerr": spread(table, "speed_up"), "fmt": "o", "capsize": 3, "label": "measured"}
-    axes.errorbar(table.speed_up, table.name, **bars)
-    hollow = {"color": ORANGE, "marker": "D", "linestyle": "", "fillstyle": "none"}
-    axes.plot(table.claim.where(table.claim != 1), table.name, label="claimed", **hollow)
+    axes, errors = figure.subplots(), spread(table, "speed_up")
+    axes.errorbar(table.speed_up, table.name, xerr=errors, fmt="o", label="measured")
+    claims = table.claim.where(table.claim != 1)
+    axes.plot(claims, table.name, "D", color=ORANGE, fillstyle="none", label="claimed")
     axes.axvline(1, **DOTTED)
     axes.set(xlabel="Speed of our step over the variant's [ratio]", title="Ablations of the step")
 
 
-def _looks_by_time(points: pd.DataFrame) -> dict[float, dict[str, Any]]:
-    """Give each time a colour of cividis, the longest the lightest, and a marker."""
-    times = sorted(points.seconds.unique())
+def _by_time(points: pd.DataFrame) -> Iterator[tuple[pd.DataFrame, dict[str, Any]]]:
+    """Yield each time's points with a marker and a colour of cividis, the longest the lightest."""
+    times = points.groupby("seconds")
     shades = plt.cm.cividis(np.linspace(0, 0.85, len(times)))
-    looks = [{"color": c, "marker": m, "linestyle": ""} for c, m in zip(shades, cycle("os^Dv"))]
-    return dict(zip(times, looks, strict=True))
+    for (seconds, part), color, marker in zip(times, shades, cycle("os^Dv"), strict=False):
+        yield part, {"color": color, "marker": marker, "linestyle": "", "label": f"{seconds:g} s"}
 
 
 @styled
 def iso_time(figure: Figure, points: pd.DataFrame, optima: pd.DataFrame, marks: dict) -> None:
     """Show loss by size for each time, with ``isotime.find_optima``'s parabolas and two sizes."""
     axes = figure.subplots()
-    for seconds, look in _looks_by_time(points).items():
-        part = points[points.seconds == seconds]
-        axes.plot(part.n_params, part.loss, label=f"{seconds:g} s", **look)
+    for part, look in _by_time(points):
+        axes.plot(part.n_params, part.loss, **look)
     stand = optima.dropna(subset="n_params")
-    for row in stand.itertuples():
-        far = np.linspace(-1, 1) * np.log(5)
-        line = {"color": "black", "linewidth": 0.7, "linestyle": "-", "marker": ""}
-        axes.plot(row.n_params * np.exp(far), row.loss + row.curvature * far**2, **line)
-    bars = {"xerr": spread(stand, "n_params"), "fmt": "D--", "color": ORANGE, "capsize": 3}
-    axes.errorbar(stand.n_params, stand.loss, zorder=3, label="fitted minimum, 90 %", **bars)
-    for (name, n_params), style in zip(marks.items(), (":", "-."), strict=False):
-        axes.axvline(n_params, color="black", linestyle=style, linewidth=1, label=name)
+    n_params, loss, curvature = stand[["n_params", "loss", "curvature"]].to_numpy().T
+    far = np.log(5) * np.linspace(-1, 1)[:, None]
+    axes.plot(n_params * np.exp(far), loss + curvature * far**2, "k-", linewidth=0.7)
+    bars = {"xerr": spread(stand, "n_params"), "fmt": "D--", "color": ORANGE, "zorder": 3}
+    axes.errorbar(n_params, loss, label="fitted minimum, 90 %", **bars)
+    for (name, size), style in zip(marks.items(), (":", "-."), strict=False):
+        axes.axvline(size, color="black", linestyle=style, linewidth=1, label=name)
     axes.set(xscale="log", xlabel=LABELS["n_params"], ylabel=LABELS["val_loss"])
-    limit_y(axes, points.loss)
     axes.set(title="Loss by size for equal training time")
+    limit_y(axes, points.loss)
 
 
 @styled
@@ -97,8 +94,7 @@ def loss_by_time(figure: Figure, optima: pd.DataFrame, held_out: pd.DataFrame, l
     axes.fill_between(line.seconds, line.loss_low, line.loss_high, **band)
     tables = {"fitted minimum": (optima, 1.0), "from shorter times": (held_out, 1.04)}
     for label, (table, shift) in tables.items():  # beside each other
-        bars = {"yerr": spread(table, "loss"), "ls": "", "label": label, "capsize": 3}
-        axes.errorbar(table.seconds * shift, table.loss, **bars)
+        axes.errorbar(shift * table.seconds, table.loss, spread(table, "loss"), ls="", label=label)
     axes.set(xscale="log", xlabel="Training time [s]", ylabel=LABELS["val_loss"])
     axes.set_xticks([*optima.seconds, *line.seconds.tail(1)])
     axes.set(title="Loss at the best size by training time")
@@ -107,12 +103,11 @@ def loss_by_time(figure: Figure, optima: pd.DataFrame, held_out: pd.DataFrame, l
 @styled
 def predicted_loss(figure: Figure, points: pd.DataFrame) -> None:
     """Show what all times but the longest predict for every run against what it measured."""
-    axes = figure.subplots()
-    for seconds, look in _looks_by_time(points).items():
-        part, is_last = points[points.seconds == seconds], seconds == points.seconds.max()
-        look |= {"fillstyle": "none" if is_last else "full", "label": f"{seconds:g} s"}
+    axes, is_last = figure.subplots(), points.seconds == points.seconds.max()
+    for part, look in _by_time(points):
+        look["fillstyle"] = "none" if is_last[part.index].all() else "full"
         axes.plot(part.loss, part.predicted, **look)
-    means = part.groupby("n_params")[["loss", "predicted"]].mean().dropna()  # of the last
+    means = points[is_last].groupby("n_params")[["loss", "predicted"]].mean().dropna()
     for place, (size, row) in zip(cycle(((6, -10), (-12, 8))), means.iterrows(), strict=False):
         axes.annotate(short_number(size), row, xytext=place, textcoords="offset points")
     axes.axline((points.loss.min(),) * 2, slope=1, **DOTTED)
@@ -124,7 +119,7 @@ def predicted_loss(figure: Figure, points: pd.DataFrame) -> None:
 def rate_grids(figure: Figure, table: pd.DataFrame, noise: float) -> None:
     """Show loss by rate (``study.grids``), to half a nat above each grid's best; a band for the noise."""
     names = {"lr": "hidden matrices", "embed_lr": "embedding"}
-    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    panels = figure.subplots(1, 2, sharey=True)
     look = looks(table.optimizer.unique())
     for axes, (name, title) in zip(panels, names.items(), strict=True):
         for optimizer, part in table[table.setting == name].groupby("optimizer", sort=False):
@@ -140,22 +135,21 @@ def rate_grids(figure: Figure, table: pd.DataFrame, noise: float) -> None:
 @styled
 def arms(figure: Figure, table: pd.DataFrame) -> None:
     """Show each arm's final losses, a point per seed, with their mean and standard deviation."""
-    losses = {name: part.loss for name, part in table.groupby("arm")}
-    names = sorted(losses, key=lambda name: -losses[name].mean())
-    figure.set_figheight(1.2 + 0.36 * len(names))
+    losses = sorted(table.groupby("arm").loss, key=lambda pair: -pair[1].mean())
+    figure.set_figheight(1.2 + 0.36 * len(losses))
     axes = figure.subplots()
-    for place, own in enumerate(map(losses.get, names)):
+    for place, (_, own) in enumerate(losses):
         seeds = place + np.linspace(-0.2, 0.2, len(own))
         axes.plot(own, seeds, "o", color=BLUE, markersize=4)
         axes.plot(own.mean(), place, "|", markersize=18, color="black")
         axes.barh(place, 2 * own.std(), 0.7, own.mean() - own.std(), color="#DDDDDD", zorder=0)
-    axes.set_yticks(range(len(names)), [literal(name) for name in names])
+    axes.set_yticks(range(len(losses)), [literal(name) for name, _ in losses])
     axes.set(xlabel=LABELS["val_loss"], title="Equal time: seeds, mean and standard deviation")
     axes.grid(axis="y", visible=False)
 
 
 @styled
-def gains(figure: Figure, panels: dict[str, pd.DataFrame]) -> None:
+def gains(figure: Figure, panels: Tables) -> None:
     """Show differences in loss with 95 % intervals; ``panels`` has arm, shape, difference, low, high."""
     heights = [table.arm.nunique() for table in panels.values()]
     look = looks(sorted({shape for table in panels.values() for shape in table["shape"]}))
@@ -196,27 +190,24 @@ def training_curve(figure: Figure, curve: pd.DataFrame, final_loss: float | None
     evals = curve[curve.kind == "eval"]
     figure.set_figheight(5.6)
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=[4, 1, 1])
-    blue = {"color": BLUE, "linestyle": "-", "marker": ""}
-    pale, dashed = blue | {"color": "#56B4E9"}, {"color": ORANGE, "linestyle": "--", "marker": "s"}
-    top.plot(steps.seconds, steps.loss, linewidth=0.6, label="training, steps", **pale)
-    top.plot(steps.seconds, steps.smoothed, label="training, smoothed", **blue)
-    top.plot(evals.seconds, evals.val_loss, label="validation", **dashed)
+    pale = {"color": "#56B4E9", "linewidth": 0.6}
+    top.plot(steps.seconds, steps.loss, "-", label="training, steps", **pale)
+    top.plot(steps.seconds, steps.smoothed, "-", color=BLUE, label="training, smoothed")
+    top.plot(evals.seconds, evals.val_loss, "s--", color=ORANGE, label="validation")
     top.set(ylabel="Loss [nats/token]", title="Loss so far")
     after = steps.smoothed.iloc[len(steps) // 20 :]  # the start would dwarf the rest
     limit_y(top, [*after, *evals.val_loss.iloc[1:], final_loss])
     if final_loss is not None:
         top.axhline(final_loss, **DOTTED)
         top.set_title(f"Final validation loss {final_loss:.3f} nats/token (dotted)")
-    middle.plot(steps.seconds, steps.lr, **blue)
+    middle.plot(steps.seconds, steps.lr, "-", color=BLUE)
     middle.set(ylabel="Learning\nrate")
-    bottom.plot(steps.seconds, steps.grad_norm, linewidth=0.8, **blue)
+    bottom.plot(steps.seconds, steps.grad_norm, "-", color=BLUE, linewidth=0.8)
     bottom.set(ylabel="Gradient\nnorm", yscale="log", xlabel=LABELS["seconds"])
 
 
 @styled
-def compare_curves(
-    figure: Figure, curves: dict[str, pd.DataFrame], quantities: Sequence[str] = analysis.AXES
-) -> None:
+def compare_curves(figure: Figure, curves: Tables, quantities: Sequence = analysis.AXES) -> None:
     """Show runs' validation loss against tokens, seconds and FLOPs, where they know them.
 
     A curve without validations shows its smoothed training loss, faintly. Hollow: the final score on
@@ -258,8 +249,8 @@ def domain_scores(figure: Figure, table: pd.DataFrame, names: Sequence[str] = ()
     axes, look = figure.subplots(), looks(names or list(shown))
     for i, (run, part) in enumerate(shown.items(), 1):
         places = domains.get_indexer(part.domain) + 0.4 - 0.8 * i / (len(shown) + 1)
-        bars = {"xerr": spread(part, "bits_per_byte"), "capsize": 3, "label": literal(run)}
-        axes.errorbar(part.bits_per_byte, places, **(look[run] | {"linestyle": ""}), **bars)
+        style = look[run] | {"xerr": spread(part, "bits_per_byte"), "linestyle": ""}
+        axes.errorbar(part.bits_per_byte, places, label=literal(run), **style)
     axes.set_yticks(range(len(domains)), [literal(domain) for domain in domains])
     axes.set_ylim(-0.6, len(domains) - 0.4)
     axes.set(xlabel="Loss [bits per byte of text], 95 % interval", title="Loss by domain")
@@ -298,7 +289,7 @@ def _panel(draw: Callable[..., Figure], **controls: Any) -> Any:
     return interactive(draw, {"auto_display": True}, **controls)
 
 
-def curve_panel(curves: dict[str, pd.DataFrame], smoothing: float) -> Any:
+def curve_panel(curves: Tables, smoothing: float) -> Any:
     """Explore curves by smoothing [share of a run's steps] and x axis."""
 
     def draw(smoothing: float = smoothing, axis: str = "all") -> Figure:

@@ -8,10 +8,6 @@ import pytest
 from llmlib import analysis, runs
 
 
-def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight():
-    assert analysis.bits_per_byte(math.log(256), tokens_per_byte=1.0) == pytest.approx(8.0)
-
-
 def shard(**domains):
     """A manifest's shard, from (documents, bytes, tokens) of each domain."""
     names = ("documents", "bytes", "tokens")
@@ -102,7 +98,6 @@ def test_domains_compare_across_finished_runs_that_have_them(tmp_path):
     table = analysis.domain_comparison(analysis.find_runs(tmp_path))
     assert table.set_index("run").bits_per_byte.to_dict() == {"one": 1.5, "two": 1.25}
     assert analysis.domain_comparison({}).empty and analysis.results_table({}).empty
-    assert analysis.results_table({}).set_index("run").loss.empty
     assert analysis.domain_table([{"domains": {}}]).empty
 
 
@@ -112,59 +107,39 @@ def test_smoothing_is_centred_and_leaves_validations_alone():
     smoothed = analysis.smooth(curve, 0.05).smoothed
     assert smoothed[10:90].tolist() == steps.loss[10:90].tolist()  # on a line, no lag
     assert math.isnan(smoothed.iloc[100])
+    assert analysis.smooth(curve, 1e-9).smoothed[:100].tolist() == steps.loss.tolist()
 
 
 STEPS = ["step", "loss", "val_loss"]
-FILES = {  # name: text, and by run the rows of step, loss and val_loss
-    "ours.csv": (
-        "step,loss,tokens,val_loss\n10,3.5,100,\n20,3.0,200,3.25\n",
-        {"": [[10, 3.5, None], [20, 3.0, None], [20, None, 3.25]]},
-    ),
-    "ours.jsonl": (
-        '{"step": 10, "loss": 3.5}\n{"step": 20, "val_loss": 3.25}\n',
-        {"": [[10, 3.5, None], [20, None, 3.25]]},
-    ),
-    "wandb_panel.csv": (
-        '"Step","wide - val/loss","wide - val/loss__MIN","deep - val/loss"\n"0","10.8","10.8",""\n"100","6.2","6.2","6.4"\n',
-        {"deep": [[100, None, 6.4]], "wide": [[0, None, 10.8], [100, None, 6.2]]},
-    ),
-    "lightning.csv": (
-        "epoch,step,train_loss_step,train_loss_epoch,val_loss\n0,49,6.1,,\n0,99,5.2,,\n0,99,,,5.3\n0,99,,5.6,\n",
-        {"": [[49, 6.1, None], [99, 5.2, None], [99, None, 5.3]]},
-    ),
-    "tensorboard.csv": (
-        "Wall time,Step,Value\n1700000000.5,0,10.9\n1700000010.5,100,6.2\n",
-        {"": [[0, 10.9, None], [100, 6.2, None]]},
-    ),
-    "trainer_state.json": (
-        '{"log_history": [{"step": 100, "loss": 6.2}, {"step": 100, "eval_loss": 6.3}]}',
-        {"": [[100, 6.2, None], [100, None, 6.3]]},
-    ),
-    "nanogpt.log": (
-        "step 0: train loss 10.91, val loss 10.92\niter 0: loss 10.9, time 3011.2ms, mfu -100.00%\niter 10: loss 9.5, time 301.2ms\n",
-        {"": [[0, 10.9, None], [0, None, 10.92], [10, 9.5, None]]},
-    ),
-    "llmc_main.log": (
-        "s:0 tel:10.9\ns:0 trl:10.95 lr:0.000001 norm:5.1\ns:250 trl:6.2 lr:0.0006\n",
-        {"": [[0, 10.95, None], [0, None, 10.9], [250, 6.2, None]]},
-    ),
-    "llmc_stdout.txt": (
-        "step    1/19560 | loss 10.99 (+nanz)| norm 15.3 (+nanz)| lr 1.00e-06\n",
-        {"": [[1, 10.99, None]]},
-    ),
-    "modded.txt": (
-        "step:0/1000 val_loss:10.82 train_time:0ms\nstep:125/1000 val_loss:4.6 train_time:20012ms step_avg:160.1ms\n",
-        {"": [[0, None, 10.82], [125, None, 4.6]]},
-    ),
-    "excel.csv": ("step;loss\n0;10,9\n100;6,2\n", {"": [[0, 10.9, None], [100, 6.2, None]]}),
-    "gaps.csv": (
-        "\ufeffstep,loss\n0,10.9\n100,NaN\n200,Infinity\n300,6.0\n",
-        {"": [[0, 10.9, None], [300, 6.0, None]]},
-    ),
-    "restarted.csv": (
-        "step,loss\n0,9\n100,7\n200,6\n100,7.1\n",
-        {"": [[0, 9, None], [100, 7.1, None], [200, 6, None]]},
-    ),
+FILES = {  # what trackers and logs write
+    "ours.csv": "step,loss,tokens,val_loss\n10,3.5,100,\n20,3.0,200,3.25\n",
+    "ours.jsonl": '{"step": 10, "loss": 3.5}\n{"step": 20, "val_loss": 3.25}\n',
+    "wandb_panel.csv": '"Step","wide - val/loss","wide - val/loss__MIN","deep - val/loss"\n"0","10.8","10.8",""\n"100","6.2","6.2","6.4"\n',
+    "lightning.csv": "epoch,step,train_loss_step,train_loss_epoch,val_loss\n0,49,6.1,,\n0,99,5.2,,\n0,99,,,5.3\n0,99,,5.6,\n",
+    "tensorboard.csv": "Wall time,Step,Value\n1700000000.5,0,10.9\n1700000010.5,100,6.2\n",
+    "trainer_state.json": '{"log_history": [{"step": 100, "loss": 6.2}, {"step": 100, "eval_loss": 6.3}]}',
+    "nanogpt.log": "step 0: train loss 10.91, val loss 10.92\niter 0: loss 10.9, time 3011.2ms, mfu -100.00%\niter 10: loss 9.5, time 301.2ms\n",
+    "llmc_main.log": "s:0 tel:10.9\ns:0 trl:10.95 lr:0.000001 norm:5.1\ns:250 trl:6.2 lr:0.0006\n",
+    "llmc_stdout.txt": "step    1/19560 | loss 10.99 (+nanz)| norm 15.3 (+nanz)| lr 1.00e-06\n",
+    "modded.txt": "step:0/1000 val_loss:10.82 train_time:0ms\nstep:125/1000 val_loss:4.6 train_time:20012ms step_avg:160.1ms\n",
+    "gaps.csv": "\ufeffstep,loss\n0,10.9\n100,NaN\n200,Infinity\n300,6.0\n",
+    "restarted.csv": "step,loss\n0,9\n100,7\n200,6\n100,7.1\n",
+    "both.csv": "step,loss,train_loss\n1,4.0,\n2,3.0,\n3,,3.5\n",  # the more usual column is read
+}
+CURVES = {  # what is read of it, by run: rows of STEPS
+    "ours.csv": {"": [[10, 3.5, None], [20, 3.0, None], [20, None, 3.25]]},
+    "ours.jsonl": {"": [[10, 3.5, None], [20, None, 3.25]]},
+    "wandb_panel.csv": {"deep": [[100, None, 6.4]], "wide": [[0, None, 10.8], [100, None, 6.2]]},
+    "lightning.csv": {"": [[49, 6.1, None], [99, 5.2, None], [99, None, 5.3]]},
+    "tensorboard.csv": {"": [[0, 10.9, None], [100, 6.2, None]]},
+    "trainer_state.json": {"": [[100, 6.2, None], [100, None, 6.3]]},
+    "nanogpt.log": {"": [[0, 10.9, None], [0, None, 10.92], [10, 9.5, None]]},
+    "llmc_main.log": {"": [[0, 10.95, None], [0, None, 10.9], [250, 6.2, None]]},
+    "llmc_stdout.txt": {"": [[1, 10.99, None]]},
+    "modded.txt": {"": [[0, None, 10.82], [125, None, 4.6]]},
+    "gaps.csv": {"": [[0, 10.9, None], [300, 6.0, None]]},
+    "restarted.csv": {"": [[0, 9, None], [100, 7.1, None], [200, 6, None]]},
+    "both.csv": {"": [[1, 4.0, None], [2, 3.0, None]]},
 }
 
 
@@ -181,8 +156,7 @@ def put(tmp_path):
 
 @pytest.mark.parametrize("name", FILES)
 def test_curves_of_trackers_and_logs_are_read(tmp_path, put, name):
-    text, expected = FILES[name]
-    prefix = put(name, text)
+    prefix, expected = put(name, FILES[name]), CURVES[name]
     curves, skipped = analysis.load_curves(tmp_path)
     assert not skipped
     assert list(curves) == [f"{prefix}: {run}" if run else prefix for run in expected]
@@ -192,11 +166,12 @@ def test_curves_of_trackers_and_logs_are_read(tmp_path, put, name):
         assert curve.kind.tolist() == ["step" if loss else "eval" for _, loss, _ in rows]
 
 
-def test_units_are_seconds(tmp_path, put):
-    put("modded.txt", FILES["modded.txt"][0])
-    put("tensorboard.csv", FILES["tensorboard.csv"][0])
-    curves, _ = analysis.load_curves(tmp_path)
-    assert [curve.seconds.tolist() for curve in curves.values()] == [[0, 20.012], [0, 10]]
+def test_a_curve_knows_the_axes_of_its_file_alone_in_our_units(tmp_path, put):
+    for name in ("modded.txt", "restarted.csv", "tensorboard.csv"):
+        put(name, FILES[name])
+    curves = analysis.load_curves(tmp_path)[0].values()
+    assert [c.seconds.dropna().tolist() for c in curves] == [[0, 20.012], [], [0, 10]]
+    assert pd.concat(curves)[["tokens", "flops"]].isna().all(axis=None)
 
 
 @pytest.mark.parametrize(
@@ -204,7 +179,7 @@ def test_units_are_seconds(tmp_path, put):
     [
         ("a.csv", "iteration,loss\n1,4.0\n", ["columns iteration, loss", "needs step and loss"]),
         ("b.csv", "Name,State,val/loss\nwide,finished,3\n", ["columns Name, State", "needs step"]),
-        ("c.csv", "step,loss\n1,four\n", ["not numbers"]),
+        ("c.csv", "step,loss\n1,four\n", ["as numbers"]),
         ("d.csv", "", ["was not read"]),
         ("e.json", "{}", ["log_history"]),
         ("f.txt", "nothing of the kind\n", ["needs step"]),
@@ -212,26 +187,12 @@ def test_units_are_seconds(tmp_path, put):
         ("h.csv", "Wall time,Step,Value\n", ["was not read"]),
     ],
 )
-def test_a_file_that_is_no_curve_is_named_and_the_others_are_read(
-    tmp_path, put, name, content, words
-):
+def test_what_is_no_curve_is_named_and_the_others_are_read(tmp_path, put, name, content, words):
     (refused, good) = (put(name, content), put("good.csv", "step,loss\n1,4.0\n"))
     put("._good.csv", b"\x00\x05\x16")  # macOS keeps such beside a file
     curves, [message] = analysis.load_curves(tmp_path)
     assert list(curves) == [good]
     assert all(word in message for word in [refused, *words]), message
-
-
-def test_a_curve_of_steps_and_losses_alone_knows_no_other_axis(tmp_path, put):
-    name = put("theirs.csv", "step,loss\n1,4.0\n2,3.0\n3,3.0\n")
-    curve = analysis.load_curves(tmp_path)[0][name]
-    assert curve[["tokens", "seconds", "flops"]].isna().all(axis=None)
-    assert analysis.smooth(curve, 1e-9).smoothed.tolist() == [4.0, 3.0, 3.0]
-
-
-def test_of_two_columns_for_one_quantity_the_more_usual_is_read(tmp_path, put):
-    name = put("theirs.csv", "step,loss,train_loss\n1,4.0,\n2,3.0,\n3,,3.5\n")
-    assert analysis.load_curves(tmp_path)[0][name].loss.tolist() == [4.0, 3.0]
 
 
 def test_a_score_knows_no_axis(tmp_path, put):
