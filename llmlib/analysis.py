@@ -1,8 +1,8 @@
 """Loss curves to comparisons: finding runs, smoothing, intervals, tables. No torch.
 
-Other people's curves become our own columns: CSV, JSON lines, the Hugging Face Trainer's
-``trainer_state.json``, exports of W&B panels and TensorBoard, Lightning's ``metrics.csv``, and logs of
-nanoGPT, llm.c and modded-nanogpt. Losses count as nats/token.
+Other people's curves become our own columns: CSV (also semicolons and decimal commas), JSON lines, the
+Hugging Face Trainer's ``trainer_state.json``, exports of W&B panels and TensorBoard, Lightning's
+``metrics.csv``, and logs of nanoGPT, llm.c and modded-nanogpt. Losses count as nats/token.
 """
 
 import csv
@@ -178,7 +178,8 @@ def read_runs(path: Path) -> dict[str, pd.DataFrame]:
     """Read a file's rows, by the name of the run ("" where there is one)."""
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix in (".csv", ".tsv"):
-        rows = pd.read_csv(StringIO(text), sep=None, engine="python")
+        comma = ";" in text.partition("\n")[0]
+        rows = pd.read_csv(StringIO(text), sep=None, engine="python", decimal="," if comma else ".")
     elif path.suffix == ".json":
         rows = pd.DataFrame(json.loads(text)["log_history"])
     elif path.suffix == ".jsonl":

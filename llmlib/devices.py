@@ -62,7 +62,7 @@ def device_name() -> str:
 
 def memory_bytes() -> int | None:
     """Return the memory of the accelerator, None on a CPU and where torch does not tell."""
-    module = torch.get_device_module(accelerator() or "cpu")
+    module = torch.get_device_module(accelerator()) if accelerator() else None
     properties = getattr(module, "get_device_properties", None)
     return properties().total_memory if properties else None
 

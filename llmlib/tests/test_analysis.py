@@ -122,6 +122,7 @@ FILES = {  # what trackers and logs write
     "llmc_main.log": "s:0 tel:10.9\ns:0 trl:10.95 lr:0.000001 norm:5.1\ns:250 trl:6.2 lr:0.0006\n",
     "llmc_stdout.txt": "step    1/19560 | loss 10.99 (+nanz)| norm 15.3 (+nanz)| lr 1.00e-06\n",
     "modded.txt": "step:0/1000 val_loss:10.82 train_time:0ms\nstep:125/1000 val_loss:4.6 train_time:20012ms step_avg:160.1ms\n",
+    "excel.csv": "step;loss\n0;10,9\n100;6,2\n",
     "gaps.csv": "\ufeffstep,loss\n0,10.9\n100,NaN\n200,Infinity\n300,6.0\n",
     "restarted.csv": "step,loss\n0,9\n100,7\n200,6\n100,7.1\n",
     "both.csv": "step,loss,train_loss\n1,4.0,\n2,3.0,\n3,,3.5\n",  # the more usual column is read
@@ -137,6 +138,7 @@ CURVES = {  # what is read of it, by run: rows of STEPS
     "llmc_main.log": {"": [[0, 10.95, None], [0, None, 10.9], [250, 6.2, None]]},
     "llmc_stdout.txt": {"": [[1, 10.99, None]]},
     "modded.txt": {"": [[0, None, 10.82], [125, None, 4.6]]},
+    "excel.csv": {"": [[0, 10.9, None], [100, 6.2, None]]},
     "gaps.csv": {"": [[0, 10.9, None], [300, 6.0, None]]},
     "restarted.csv": {"": [[0, 9, None], [100, 7.1, None], [200, 6, None]]},
     "both.csv": {"": [[1, 4.0, None], [2, 3.0, None]]},
