@@ -2,15 +2,16 @@
 
 "recipe" tunes every optimizer, judges the arms and builds `best` from ingredients. It found AdamW's
 best rate for the norm gains a hundred times above where Muon's search had begun, so "refine" begins
-Muon's there too. "growth" and "growth_large" ask whether the gain of `best` holds as models grow,
-"one_rate" what the winner's AdamW does with its one rate tuned, "depth" whether wider models beat
-deeper ones of as many parameters. A part that was stopped goes on from its tables below this folder;
+Muon's there too. "growth" asks whether Muon's gain holds as models grow, "one_rate" what the
+winner's AdamW does with its one rate tuned, "depth" whether wider models beat deeper ones of as many
+parameters. A part that was stopped goes on from its tables below this folder;
 another commit, processor or corpus is refused. (03_sizing is notebook 03 with parameters of its own.)
 NorMuon, cautious decay, momentum warm-up, a power-law cool-down and averaged weights gained nothing
 and are gone from llmlib; the commit that the tables name has them.
 """
 
 import argparse
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,12 +23,11 @@ from llmlib.sizing import count_params
 
 HERE, SECONDS = Path(__file__).parent, 12.0
 BASE = config.fit_vocabulary(config.get_scale("laptop"), 4096)
-SHAPES = {"1x32": (1, 32), "1x64": (1, 64), "1x96": (1, 96), "2x128": (2, 128), "3x160": (3, 160)}
+SHAPES = {"1x32": (1, 32), "1x64": (1, 64), "1x96": (1, 96), "2x128": (2, 128)}
 SHAPES |= {"1x160": (1, 160), "5x96": (5, 96)}  # as many parameters as 2x128, within 3 %
 MAIN, SECOND = "2x128", "1x64"
-GROWTH = {"04_growth": ("1x32", "1x96"), "04_growth_large": ("3x160",)}
+GROWTH = ("1x32", "1x96")
 RATIO = 5  # tokens per parameter of "growth"
-WIDER = ("1x96", "3x160")  # where searches begin at half the rates
 DEPTHS = ("5x96", "2x128", "1x160")
 WINNERS = {"winner2024 as published": {"schedule": "one_cycle_unfinished"}, "winner2024": {}}
 WINNERS = {name: config.override(BASE.train, **changes) for name, changes in WINNERS.items()}
@@ -109,21 +109,6 @@ class Study:
         train_all = partial(self.train, f"tuning_{shape}")
         return study.search(train_all, shaped(shape, start), coordinates)
 
-    def search_both(self, shape: str) -> study.Settings:
-        """Find the rates of AdamW tuned and best at a shape, a factor of two around the study's."""
-        found, tries = {}, {}
-        for name in IMPROVED.values():
-            start = read_arm("04_refine" if name == "best" else "04_recipe", name)
-            start = study.scaled(start, ("lr", "embed_lr"), 0.5 if shape in WIDER else 1.0)
-            found[name] = shaped(shape, start)
-            near = {f: study.scaled(start, ("lr", "embed_lr"), f) for f in (0.5, 1.0, 2.0)}
-            tries |= {f"{name} {f}": shaped(shape, train) for f, train in near.items()}
-        self.train(f"tuning_{shape}", tries)  # those of both at once; the searches find them there
-        return {
-            name: shaped(shape, self.search(train, (("lr", "embed_lr"),), shape))
-            for name, (_, train) in found.items()
-        }
-
     def improve(
         self, name: str, base: config.TrainConfig, changes: dict[str, dict]
     ) -> tuple[dict, dict]:
@@ -189,13 +174,21 @@ def read_arm(part: str, name: str) -> config.TrainConfig:
     return config.TrainConfig(**{key: value for key, value in values.items() if key in known})
 
 
-def growth(name: str = "04_growth") -> None:
-    """Compare AdamW tuned and best at equal tokens per parameter, with rates checked at each size."""
-    part = Study(name)
-    for shape in GROWTH[name]:
+def growth() -> None:
+    """Compare AdamW and Muon at equal tokens per parameter, each tuned anew at each size."""
+    part, coordinates = Study("04_growth"), (("lr", "embed_lr"), ("micro_batch",), ("lr",))
+    starts = {"AdamW tuned": STARTS["AdamW"] | {"vector_lr": 0.256}, "best": STARTS["Muon"]}
+    for shape in GROWTH:
         n_tokens = RATIO * count_params(shaped(shape, BASE.train)[0])
         part.speed = lambda *_, n=n_tokens: n / SECONDS
-        found = part.search_both(shape)
+
+        def tune(name: str, shape: str = shape) -> study.Setting:
+            start = shaped(shape, config.override(BASE.train, **starts[name]))
+            train_all = partial(part.train, f"tuning_{name}_{shape}")
+            return shaped(shape, study.search(train_all, start, coordinates))
+
+        with ThreadPoolExecutor() as pool:  # both at once
+            found = dict(zip(starts, pool.map(tune, starts), strict=True))
         part.train("growth", {f"{shape} {k}": v for k, v in found.items()}, (21, 22, 23))
 
 
@@ -204,10 +197,6 @@ def depth() -> None:
     part = Study("04_depth", *DEPTHS, kinds=[{}, {"optimizer": "muon"}], seconds=20.0)
     for name, train in {"winner2024": BASE.train, "best": read_arm("04_refine", "best")}.items():
         part.train(f"depth_{name}", {shape: shaped(shape, train) for shape in DEPTHS}, (41, 42, 43))
-
-
-def growth_large() -> None:
-    growth("04_growth_large")
 
 
 def one_rate() -> None:
@@ -220,6 +209,6 @@ def one_rate() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parts = ("recipe", "refine", "growth", "growth_large", "one_rate", "depth")
+    parts = ("recipe", "refine", "growth", "one_rate", "depth")
     parser.add_argument("part", choices=parts)
     globals()[parser.parse_args().part]()
