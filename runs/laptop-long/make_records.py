@@ -176,8 +176,8 @@ def read_arm(part: str, name: str) -> config.TrainConfig:
 
 def growth() -> None:
     """Compare AdamW and Muon at equal tokens per parameter, each tuned anew at each size."""
-    part, coordinates = Study("04_growth"), (("lr", "embed_lr"), ("micro_batch",), ("lr",))
-    starts = {"AdamW tuned": STARTS["AdamW"] | {"vector_lr": 0.256}, "best": STARTS["Muon"]}
+    part, coordinates = Study("04_growth"), (("lr",), ("embed_lr",), ("micro_batch",))
+    starts = {"AdamW tuned": STARTS["AdamW"] | {"vector_lr": 0.256}, "best": STARTS["Muon"] | {"lr": 5e-3}}
     for shape in GROWTH:
         n_tokens = RATIO * count_params(shaped(shape, BASE.train)[0])
         part.speed = lambda *_, n=n_tokens: n / SECONDS
