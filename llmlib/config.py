@@ -160,8 +160,8 @@ class TrainConfig:
 
 
 # As changes to TrainConfig's defaults, which are the hackathon winner's recipe with its two faults
-# mended. Peak rates belong to a scale. At "laptop" those of adamw and best are the optima of the
-# study in runs/laptop-long. At "a100" nobody has measured them: lr is interpolated to 180 M from
+# mended. Peak rates belong to a scale. At "laptop" those of adamw and best are the optima of 12 s
+# runs (runs/laptop-long). At "a100" nobody has measured them: lr is interpolated to 180 M from
 # the best of a sweep of AdamW at 131 k tokens per step, 1.95e-3 at 109 M and 0.98e-3 at 368 M
 # parameters, and Muon's steps are scaled to AdamW's (arXiv:2502.16982); embed_lr is the best of one
 # seed at 16 M parameters with this vocabulary.

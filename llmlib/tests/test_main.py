@@ -82,6 +82,13 @@ def test_readmes_results_are_those_of_the_records():
     numbers = [f"{-number:.3f}" for number in chain(*muon)]
     gap = "{difference:.2f} above tuned AdamW ({low:.2f} to {high:.2f})"
     numbers.append(gap.format(**found["winner2024 - AdamW, 2x128"]))
+    gains = pd.read_csv(folder / "laptop" / "04_recipe" / "figures" / "gain_by_size.csv")
+    numbers += [
+        f"{-row.difference:.2f} at {row.arm.removesuffix('k parameters')} k"
+        for row in gains[gains.arm.str.endswith("parameters")].itertuples()
+    ]
+    deeper, wider = gains[gains["shape"] == "best"].difference
+    numbers += [f"5 layers x 96 end {deeper:.2f} above 2 x 128", f"1 x 160 {-wider:.2f} below"]
     results = laptop["06_loss_curves"]["results"]
     numbers += [f"{row['loss']:.3f}" for row in results] + [f"{results[0]['bits_per_byte']:.3f}"]
     long = runs.read_json(folder / "laptop-long" / "03_sizing" / "summary.json")
