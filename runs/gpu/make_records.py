@@ -17,19 +17,8 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from llmlib import (
-    analysis,
-    bench,
-    config,
-    devices,
-    isotime,
-    launch,
-    plots,
-    prepare,
-    runs,
-    sizing,
-    study,
-)
+from llmlib import analysis, bench, config, devices, isotime, launch, plots, prepare, runs
+from llmlib import sizing, study
 
 MINUTES = {"a100": (1.0, 4.0), "smoke": (0.02, 0.1)}  # of each rate, and of each arm
 SIZES = ((6, 384), (8, 640), (12, 896), (14, 1280))  # 30 to 340 M parameters
