@@ -92,7 +92,7 @@ class DataConfig:
     revision: str | None = None  # hub commit, tag or branch
     text_column: str | None = None  # of the texts; None: "text", or the only one of strings
     tokenizer: str = "gpt2"  # a tiktoken name, or "bpe": train one on the corpus
-    bpe_vocab_size: int = 4096  # used by "bpe" only; 257 (bytes and end of text) at least [tokens]
+    bpe_vocab_size: int = 4096  # used by "bpe" only [tokens]
     n_tokens: int | None = None  # stop after the shard that reaches this many [tokens]
     test_size: float = 0.0005  # share of train documents held out (the organisers' split)
     split_seed: int = 2357
@@ -100,6 +100,8 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check(self, "n_tokens", "test_size")
         _check(self, "test_size", is_share=True)
+        if self.bpe_vocab_size < 257:  # 256 bytes and the end of text
+            raise ValueError(f"bpe_vocab_size={self.bpe_vocab_size} is below 257; use 4096.")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,11 @@ DOMAIN = "redpajama_set_name"  # the field of ``meta`` that names it
 END = "<|endoftext|>"
 NOT_UTF8 = "not UTF-8, mended"
 SURROGATE = re.compile("[\ud800-\udfff]")  # half a pair, or a byte that is not UTF-8
-MARKUP = (".html", ".htm", ".xhtml", ".xml", ".svg", ".ipynb")
+LEFT_OUT = {  # by extension
+    **dict.fromkeys((".html", ".htm", ".xhtml", ".xml", ".svg", ".ipynb"), "markup"),
+    **dict.fromkeys((".arrow", ".feather"), "Arrow; write it as parquet with datasets' to_parquet"),
+    **dict.fromkeys((".tar", ".tgz", ".zip"), "an archive; unpack it"),
+}
 MARKUP_START = re.compile(rb"(?i)\s*(?:<!doctype html|<html)")
 TEXT_TYPE = re.compile(r"^(dictionary<values=)?(large_)?(string|binary).*")  # arrow's names
 BINARY = re.compile(rb"\0|\A%PDF")
@@ -120,8 +124,8 @@ def _values(file: File) -> Iterator[tuple[Any, str]]:
         head = stream.peek()
         if head.startswith(b"version https://git-lfs"):
             raise ValueError(f"{file.name} is a git-lfs pointer, not the text; run git lfs pull")
-        if file.suffix in MARKUP or MARKUP_START.match(head):
-            raise LeftOut("markup")
+        if file.suffix in LEFT_OUT or MARKUP_START.match(head):
+            raise LeftOut(LEFT_OUT.get(file.suffix, "markup"))
         if head.startswith(b"PAR1") or file.suffix == ".parquet":
             yield from _rows(file, _parquet(file, stream))
             return

@@ -8,6 +8,10 @@ import pytest
 from llmlib import analysis, runs
 
 
+def test_bits_per_byte_of_a_uniform_guess_over_bytes_is_eight():
+    assert analysis.bits_per_byte(math.log(256), tokens_per_byte=1.0) == pytest.approx(8.0)
+
+
 def shard(**domains):
     """A manifest's shard, from (documents, bytes, tokens) of each domain."""
     names = ("documents", "bytes", "tokens")

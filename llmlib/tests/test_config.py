@@ -52,6 +52,7 @@ def test_vocabulary_of_the_tokens_decides_the_models_in_multiples_of_64(scale):
         (lambda: TrainConfig(cooldown=-0.1), ["cooldown=-0.1", "0 to 0.99"]),
         (lambda: TrainConfig(embed_lr=-1.0), ["embed_lr=-1.0"]),
         (lambda: TrainConfig(lr="1e-3"), ["lr='1e-3' is text", "1.0e-3"]),
+        (lambda: DataConfig(bpe_vocab_size=100), ["bpe_vocab_size=100", "257"]),
         (lambda: TrainConfig(optimizer="adam"), ["'adam'", "adamw, muon, sophia"]),
         (lambda: TrainConfig(schedule="step"), ["'step'", "one_cycle", "linear"]),
         (lambda: TrainConfig(tracker="wandb"), ["'wandb'", "tensorboard"]),

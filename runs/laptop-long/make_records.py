@@ -4,10 +4,10 @@
 best rate for the norm gains a hundred times above where Muon's search had begun, so "refine" begins
 Muon's there too. "growth" asks whether Muon's gain holds as models grow, "one_rate" what the
 winner's AdamW does with its one rate tuned, "depth" whether wider models beat deeper ones of as many
-parameters. A part that was stopped goes on from its tables below this folder;
-another commit, processor or corpus is refused. (03_sizing is notebook 03 with parameters of its own.)
-NorMuon, cautious decay, momentum warm-up, a power-law cool-down and averaged weights gained nothing
-and are gone from llmlib; the commit that the tables name has them.
+parameters. A part that was stopped goes on from its tables below this folder; another commit,
+processor or corpus is refused. (03_sizing is notebook 03 with parameters of its own.) NorMuon, cautious
+decay, momentum warm-up, a power-law cool-down and averaged weights gained nothing and are gone from
+llmlib; the commit that the tables name has them.
 """
 
 import argparse
