@@ -2,12 +2,12 @@
 
 "recipe" tunes every optimizer, judges the arms and builds `best` from ingredients. It found AdamW's
 best rate for the norm gains a hundred times above where Muon's search had begun, so "refine" begins
-Muon's there too. "growth" asks whether Muon's gain holds as models grow, "one_rate" what the
-winner's AdamW does with its one rate tuned, "depth" whether wider models beat deeper ones of as many
-parameters. A part that was stopped goes on from its tables below this folder; another commit,
-processor or corpus is refused. (03_sizing is notebook 03 with parameters of its own.) NorMuon, cautious
-decay, momentum warm-up, a power-law cool-down and averaged weights gained nothing and are gone from
-llmlib; the commit that the tables name has them.
+Muon's there too. The parts "growth..." ask whether Muon's gain holds as models grow and train for
+longer, "one_rate" what the winner's AdamW does with its one rate tuned, "depth" whether wider
+models beat deeper ones of as many parameters. A part that was stopped goes on from its tables below
+this folder; another commit, processor or corpus is refused. (03_sizing is notebook 03 with parameters
+of its own.) NorMuon, cautious decay, momentum warm-up, a power-law cool-down and averaged weights
+gained nothing and are gone from llmlib; the commit that the tables name has them.
 """
 
 import argparse
@@ -25,9 +25,8 @@ HERE, SECONDS = Path(__file__).parent, 12.0
 BASE = config.fit_vocabulary(config.get_scale("laptop"), 4096)
 SHAPES = {"1x32": (1, 32), "1x64": (1, 64), "1x96": (1, 96), "2x128": (2, 128)}
 SHAPES |= {"1x160": (1, 160), "5x96": (5, 96)}  # as many parameters as 2x128, within 3 %
+SHAPES |= {"1x224": (1, 224)}
 MAIN, SECOND = "2x128", "1x64"
-GROWTH = ("1x32", "1x96")
-RATIO = 5  # tokens per parameter of "growth"
 DEPTHS = ("5x96", "2x128", "1x160")
 WINNERS = {"winner2024 as published": {"schedule": "one_cycle_unfinished"}, "winner2024": {}}
 WINNERS = {name: config.override(BASE.train, **changes) for name, changes in WINNERS.items()}
@@ -174,22 +173,48 @@ def read_arm(part: str, name: str) -> config.TrainConfig:
     return config.TrainConfig(**{key: value for key, value in values.items() if key in known})
 
 
-def growth() -> None:
-    """Compare AdamW and Muon at equal tokens per parameter, each tuned anew at each size."""
-    part, coordinates = Study("04_growth"), (("lr",), ("embed_lr",), ("micro_batch",))
+def growth(
+    name: str = "04_growth",
+    shapes: tuple[str, ...] = ("1x32", "1x96"),
+    ratio: int = 5,
+    batch_of: tuple[str, ...] = ("AdamW tuned", "best"),
+    near: dict[str, str] | None = None,
+) -> None:
+    """Compare AdamW and Muon at equal tokens per parameter (ratio), each tuned anew at each size.
+
+    Both rates are searched anew, and the batch of the arms in batch_of. The searches begin at the
+    optima of the first growth study's shape that is near, or at the arms' starts.
+    """
+    part = Study(name)
     starts = {"AdamW tuned": STARTS["AdamW"] | {"vector_lr": 0.256}, "best": STARTS["Muon"] | {"lr": 5e-3}}
-    for shape in GROWTH:
-        n_tokens = RATIO * count_params(shaped(shape, BASE.train)[0])
+    for shape in shapes:
+        n_tokens = ratio * count_params(shaped(shape, BASE.train)[0])
         part.speed = lambda *_, n=n_tokens: n / SECONDS
 
-        def tune(name: str, shape: str = shape) -> study.Setting:
-            start = shaped(shape, config.override(BASE.train, **starts[name]))
-            train_all = partial(part.train, f"tuning_{name}_{shape}")
-            return shaped(shape, study.search(train_all, start, coordinates))
+        def tune(arm: str, shape: str = shape) -> study.Setting:
+            start = config.override(BASE.train, **starts[arm])
+            if near:
+                rows = pd.read_csv(HERE / "04_growth" / "growth.csv")
+                row = rows[rows.run.str.startswith(f"{near[shape]} {arm}")].iloc[0]
+                found = {key: float(row[key]) for key in RATES} | {"micro_batch": int(row.micro_batch)}
+                start = config.override(start, **found)
+            train_all = partial(part.train, f"tuning_{arm}_{shape}")
+            coordinates = (("lr",), ("embed_lr",), *[("micro_batch",)] * (arm in batch_of))
+            return shaped(shape, study.search(train_all, shaped(shape, start), coordinates))
 
         with ThreadPoolExecutor() as pool:  # both at once
             found = dict(zip(starts, pool.map(tune, starts), strict=True))
         part.train("growth", {f"{shape} {k}": v for k, v in found.items()}, (21, 22, 23))
+
+
+def growth_wide() -> None:
+    """Growth at 1.5 M parameters; Muon keeps the batch of 0.5 M."""
+    growth("04_growth_wide", ("1x224",), batch_of=("AdamW tuned",), near={"1x224": "1x96"})
+
+
+def growth_longer() -> None:
+    """Growth at ten tokens per parameter."""
+    growth("04_growth_longer", ratio=10, near={"1x32": "1x32", "1x96": "1x96"})
 
 
 def depth() -> None:
@@ -209,6 +234,6 @@ def one_rate() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parts = ("recipe", "refine", "growth", "one_rate", "depth")
+    parts = ("recipe", "refine", "growth", "growth_wide", "growth_longer", "one_rate", "depth")
     parser.add_argument("part", choices=parts)
     globals()[parser.parse_args().part]()
