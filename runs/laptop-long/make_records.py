@@ -6,8 +6,9 @@ Muon's there too. The parts "growth..." ask whether Muon's gain holds as models 
 longer, "one_rate" what the winner's AdamW does with its one rate tuned, "depth" whether wider
 models beat deeper ones of as many parameters. A part that was stopped goes on from its tables below
 this folder; another commit, processor or corpus is refused. (03_sizing is notebook 03 with parameters
-of its own.) NorMuon, cautious decay, momentum warm-up, a power-law cool-down and averaged weights
-gained nothing and are gone from llmlib; the commit that the tables name has them.
+of its own.) NorMuon, cautious decay, momentum warm-up, a power-law cool-down, averaged weights and
+what 04_candidates tried gained nothing and are gone from llmlib and from here; the commits that the
+tables name have them.
 """
 
 import argparse
@@ -214,7 +215,7 @@ def growth_wide() -> None:
 
 def growth_longer() -> None:
     """Growth at ten tokens per parameter."""
-    growth("04_growth_longer", ratio=10, near={"1x32": "1x32", "1x96": "1x96"})
+    growth("04_growth_longer", ("1x32",), ratio=10, near={"1x32": "1x32"})
 
 
 def depth() -> None:
