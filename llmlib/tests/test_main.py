@@ -84,8 +84,8 @@ def test_readmes_results_are_those_of_the_records():
     numbers.append(gap.format(**found["winner2024 - AdamW, 2x128"]))
     gains = pd.read_csv(folder / "laptop" / "04_recipe" / "figures" / "gain_by_size.csv")
     numbers += [
-        f"{-row.difference:.2f} at {row.arm.removesuffix('k parameters')} k"
-        for row in gains[gains.arm.str.endswith("parameters")].itertuples()
+        f"{-row.difference:.2f} at {short(int(row.arm.replace(',', '')))}"
+        for row in gains[gains["shape"].str.endswith("a parameter")].itertuples()
     ]
     deeper, wider = gains[gains["shape"] == "best"].difference
     numbers += [f"5 layers x 96 end {deeper:.2f} above 2 x 128", f"1 x 160 {-wider:.2f} below"]
