@@ -3,12 +3,13 @@
 "recipe" tunes every optimizer, judges the arms and builds `best` from ingredients. It found AdamW's
 best rate for the norm gains a hundred times above where Muon's search had begun, so "refine" begins
 Muon's there too. The parts "growth..." ask whether Muon's gain holds as models grow and train for
-longer, "one_rate" what the winner's AdamW does with its one rate tuned, "depth" whether wider
-models beat deeper ones of as many parameters. A part that was stopped goes on from its tables below
-this folder; another commit, processor or corpus is refused. (03_sizing is notebook 03 with parameters
-of its own.) NorMuon, cautious decay, momentum warm-up, a power-law cool-down, averaged weights and
-what 04_candidates tried gained nothing and are gone from llmlib and from here; the commits that the
-tables name have them.
+longer, "longer" judges AdamW and Muon with 40 s for each run, "one_rate" asks what the winner's
+AdamW does with its one rate tuned, "depth" whether wider models beat deeper ones of as many
+parameters. A part that was stopped goes on from its tables below this folder; another commit,
+processor or corpus is refused. (03_sizing is notebook 03 with parameters of its own.) NorMuon,
+cautious decay, momentum warm-up, a power-law cool-down, averaged weights and what 04_candidates
+tried gained nothing and are gone from llmlib and from here; the commits that the tables name have
+them.
 """
 
 import argparse
@@ -65,6 +66,7 @@ def step_name(model: config.ModelConfig, train: config.TrainConfig) -> str:
 
 KINDS = [{"optimizer": o} for o in ("adamw", "muon", "sophia")]
 KINDS += [{"micro_batch": n} for n in (1, 2, 4, 16)]
+LONGER_KINDS = [*KINDS[:2], *KINDS[3:], {"micro_batch": 32}]
 
 
 class Study:
@@ -215,7 +217,22 @@ def growth_wide() -> None:
 
 def growth_longer() -> None:
     """Growth at ten tokens per parameter."""
-    growth("04_growth_longer", ("1x32",), ratio=10, near={"1x32": "1x32"})
+    same = {"1x32": "1x32", "1x96": "1x96"}
+    growth("04_growth_longer", (*same,), ratio=10, near=same)
+
+
+def longer() -> None:
+    """Tune AdamW and Muon, try the schedules and judge both again, with 40 s for each run."""
+    part = Study("04_longer", MAIN, SECOND, kinds=LONGER_KINDS, seconds=40.0)
+    arms_at = {MAIN: {"winner2024": BASE.train}, SECOND: {}}
+    for name, old in {"AdamW": ("04_recipe", "AdamW tuned"), "Muon": ("04_refine", "best")}.items():
+        tuned = part.search(read_arm(*old), FIELDS)
+        together, _ = part.improve(name.lower(), tuned, TO_ZERO)
+        arms_at[MAIN][name] = replace(tuned, **together)
+        coordinates = (("lr", "embed_lr"), ("micro_batch",), ("lr",))
+        arms_at[SECOND][name] = part.search(arms_at[MAIN][name], coordinates, SECOND)
+    for shape, arms in arms_at.items():
+        part.train(f"arms_{shape}", {k: shaped(shape, v) for k, v in arms.items()}, range(11, 16))
 
 
 def depth() -> None:
@@ -235,6 +252,6 @@ def one_rate() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parts = ("recipe", "refine", "growth", "growth_wide", "growth_longer", "one_rate", "depth")
-    parser.add_argument("part", choices=parts)
+    parts = ("recipe", "refine", "longer", "growth", "growth_wide", "growth_longer", "one_rate")
+    parser.add_argument("part", choices=(*parts, "depth"))
     globals()[parser.parse_args().part]()
