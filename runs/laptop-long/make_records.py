@@ -216,9 +216,9 @@ def growth_wide() -> None:
 
 
 def growth_longer() -> None:
-    """Growth at ten tokens per parameter."""
+    """Growth at ten tokens per parameter; both arms keep their batches of five."""
     same = {"1x32": "1x32", "1x96": "1x96"}
-    growth("04_growth_longer", (*same,), ratio=10, near=same)
+    growth("04_growth_longer", (*same,), ratio=10, batch_of=(), near=same)
 
 
 def longer() -> None:
