@@ -158,7 +158,8 @@ def gains(figure: Figure, panels: Tables) -> None:
     for axes, (title, table) in zip(rows, panels.items(), strict=True):
         order = list(table.arm.unique())[::-1]
         for i, (shape, part) in enumerate(table.groupby("shape")):
-            shift = (0.15 - 0.3 * i) * (table.groupby("arm")["shape"].nunique()[part.arm] > 1)
+            height = 0.3 - 0.6 * (i + 0.5) / table["shape"].nunique()
+            shift = height * (table.groupby("arm")["shape"].nunique()[part.arm] > 1)
             places = [order.index(arm) for arm in part.arm] + shift.to_numpy()
             both = [part.difference - part.low, part.high - part.difference]
             bars = {"xerr": both, "capsize": 2, "label": shape}

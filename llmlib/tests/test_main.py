@@ -78,10 +78,14 @@ def test_readmes_results_are_those_of_the_records():
     readme, folder = (runs.ROOT / "README.md").read_text(), runs.ROOT / "runs"
     laptop = {p.parent.name: runs.read_json(p) for p in folder.glob("laptop/*/summary.json")}
     found, ends = laptop["04_recipe"]["found"], ("", "_low", "_high")
-    muon = [found[f"Muon - AdamW, {shape}"].values() for shape in ("2x128", "1x64")]
+    muon = [row.values() for name, row in found.items() if name.startswith("Muon - AdamW, ")]
     numbers = [f"{-number:.3f}" for number in chain(*muon)]
     gap = "{difference:.2f} above tuned AdamW ({low:.2f} to {high:.2f})"
-    numbers.append(gap.format(**found["winner2024 - AdamW, 2x128"]))
+    numbers.append(gap.format(**found["winner2024 - AdamW, 2x128, 12 s"]))
+    arms = pd.read_csv(folder / "laptop" / "04_recipe" / "figures" / "arms.csv")
+    numbers += [f"{loss:.2f}" for loss in arms.groupby("arm").loss.mean()]
+    six = (runs.ROOT / "notebooks" / "06_loss_curves.ipynb").read_text()
+    assert all(f"{loss:.2f}" in six for loss in arms.groupby("arm").loss.mean())
     gains = pd.read_csv(folder / "laptop" / "04_recipe" / "figures" / "gain_by_size.csv")
     numbers += [
         f"{-row.difference:.2f} at {short(int(row.arm.replace(',', '')))}"

@@ -66,7 +66,7 @@ def step_name(model: config.ModelConfig, train: config.TrainConfig) -> str:
 
 KINDS = [{"optimizer": o} for o in ("adamw", "muon", "sophia")]
 KINDS += [{"micro_batch": n} for n in (1, 2, 4, 16)]
-LONGER_KINDS = [*KINDS[:2], *KINDS[3:], {"micro_batch": 32}]
+LONGER_KINDS = [*KINDS[:2], *KINDS[3:], *({"micro_batch": n} for n in (32, 64, 128))]
 
 
 class Study:
